@@ -1,0 +1,46 @@
+# Every target makes the virtual environment first, if it is not there or if the requirements changed.
+BIN := .venv/bin
+DEMO := runs/demo-real
+
+.PHONY: demo demo-real test test-slow check bench clean
+
+demo: demo-real
+
+demo-real: .venv/stamp
+	@echo "This fetches a real model (93 MB) and a real text (6 MB), trains an autoencoder on 400,000 tokens,"
+	@echo "judges it, and shows three of its features: about 15 minutes on 2 cores."
+	$(BIN)/undertow subject fetch smollm2
+	$(BIN)/undertow text fetch brown
+	@if [ -e $(DEMO) ]; then \
+		echo "$(DEMO) is there already: training is skipped. To train again: rm -r $(DEMO)"; \
+	else \
+		set -x; $(BIN)/undertow sae train --model smollm2 --site blocks.12.hook_resid_post --width 4096 --k 32 \
+			--text brown --tokens 400000 --out $(DEMO); \
+	fi
+	$(BIN)/undertow sae eval $(DEMO)
+	$(BIN)/undertow features show $(DEMO) --random 3
+
+test: .venv/stamp
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m "not slow"
+
+test-slow: .venv/stamp
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slow
+
+check: .venv/stamp
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q tests/test_architecture.py
+
+bench: .venv/stamp
+	$(BIN)/undertow bench harvest
+	$(BIN)/undertow bench sae
+
+.venv/stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || python3 -m venv .venv
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e ".[dev]" -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""The local page that shows features, surgery and verdicts. (Nothing here yet.)"""

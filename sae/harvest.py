@@ -1,0 +1,196 @@
+"""Harvest: subject × text × site → activations, streamed or stored.
+
+One direct forward hook that stops the pass at the site. Position 0, special tokens and padding are left out, and so are
+massive activations: tokens whose norm is above ten times the median of the first shard. They are rare, they carry norms
+two hundred times the median, and they fake every variance figure; they are counted and reported.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae.corpus import Corpus, TokenBatch
+from sae.store import KIND, ActivationStore, open_store
+from undertow.core.errors import ArtifactError, NumericsError, TextError
+from undertow.core.record import run_record
+from undertow.core.spec import digest_json
+from undertow.core.storage import disk_errors, place, require_space, seal, sha256_file, write_json
+from undertow.subjects.sites import Site
+from undertow.subjects.subject import Subject
+from undertow.subjects.tapping import tap
+
+log = logging.getLogger(__name__)
+SHARD_ROWS = 64
+MASSIVE = 10.0
+StoreDtype = Literal["bfloat16", "float32"]
+Progress = Callable[[int, int], None]
+
+
+class Source(NamedTuple):
+    """Where activations come from: a subject, a site, and one split of a text."""
+
+    subject: Subject
+    site: Site
+    corpus: Corpus
+
+
+class Tapped(NamedTuple):
+    """One batch of rows and its activations at the site."""
+
+    batch: TokenBatch
+    acts: Float[Tensor, "batch pos d_model"]
+
+
+def rows_per_pass(subject: Subject, context: int) -> int:
+    """Token rows in one forward pass: about 1,024 tokens on a CPU (its caches), 16,384 on a GPU.
+
+    Always a power of two that divides SHARD_ROWS, so that passes fill shards exactly.
+    """
+    budget = (16384 if subject.device.type == "cuda" else 1024) // context
+    return min(SHARD_ROWS, 1 << max(0, budget.bit_length() - 1))
+
+
+def stream(subject: Subject, site: Site, corpus: Corpus, skip_rows: int = 0) -> Iterator[Tapped]:
+    """Activations of `corpus` at `site`, a few rows at a time, in order.
+
+    Raises NumericsError on NaN or infinity at a measured position, naming the row, the position and the document.
+    """
+    for batch in corpus.batches(rows_per_pass(subject, corpus.spec.context), skip_rows):
+        acts = tap(subject, batch.tokens, site, batch.attend)
+        _require_finite(acts, batch, corpus, site)
+        yield Tapped(batch, acts)
+
+
+def _require_finite(acts: Float[Tensor, "batch pos d_model"], batch: TokenBatch, corpus: Corpus, site: Site) -> None:
+    bad = ~torch.isfinite(acts).all(dim=-1).cpu() & batch.measured
+    if not bad.any():
+        return
+    row, position = (int(i) for i in bad.nonzero()[0])
+    document = int(batch.documents[row, position])
+    raise NumericsError(
+        f"{int(bad.sum())} activations at {site.name} are not finite, the first in row {batch.first_row + row}, "
+        f"position {position}, document {corpus.document_ids[document]!r}",
+        "try --dtype float32; if it stays, the model or the text at that row is broken")
+
+
+def store_key(subject: Subject, site: Site, corpus: Corpus, n_tokens: int, dtype: StoreDtype) -> str:
+    """Digest of everything that the stored activations depend on."""
+    return digest_json({"subject": subject.digest, "site": site.name, "text": corpus.digest, "tokens": n_tokens,
+                        "dtype": dtype, "shard_rows": SHARD_ROWS, "massive": MASSIVE})
+
+
+def harvest(subject: Subject, site: Site, corpus: Corpus, n_tokens: int, cache: Path, progress: Progress | None = None,
+            dtype: StoreDtype = "bfloat16") -> ActivationStore:
+    """Store at least `n_tokens` activations (to the end of a pass; all there are, if fewer), or reopen the store made earlier.
+
+    An interrupted harvest keeps its finished shards and goes on from there. Memory: one shard (64 rows) and one pass.
+
+    Args:
+        subject: the model.
+        site: where to read.
+        corpus: one split of a text.
+        n_tokens: number of activations wanted.
+        cache: cache folder; stores live in its `activations/`.
+        progress: called with (activations done, wanted).
+        dtype: on disk; bfloat16 costs about 1e-6 of the activations' power.
+
+    Raises:
+        NumericsError: NaN or infinity, named by row.
+        StorageError: too little space.
+        ArtifactError: a stored shard has changed.
+        TextError: the text has no token to measure.
+    """
+    key = store_key(subject, site, corpus, n_tokens, dtype)
+    final = cache / "activations" / key
+    if final.exists():
+        return open_store(final)
+    require_space(cache, n_tokens * subject.d_model * (2 if dtype == "bfloat16" else 4))
+    work = final.with_name(f".{key}.partial")
+    source = Source(subject, site, corpus)
+    with disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+        shards = _finished_shards(work)
+        _fill(source, work, shards, n_tokens, progress, dtype)
+        _finish(source, work, shards, n_tokens)
+        place(work, final)
+    return open_store(final)
+
+
+def _finished_shards(work: Path) -> list[dict[str, Any]]:
+    """Shards of an interrupted harvest that are whole; anything after the first bad one is dropped."""
+    ledger = work / "progress.json"
+    if not ledger.is_file():
+        return []
+    entries = json.loads(ledger.read_text(encoding="utf-8"))
+    for number, entry in enumerate(entries):
+        shard = work / f"acts-{number:05d}.safetensors"
+        if not shard.is_file() or sha256_file(shard) != entry["sha256"]:
+            raise ArtifactError(f"{shard} of an interrupted harvest has changed since it was written",
+                                f"remove it and start again: rm -r {work}")
+    log.info("going on after %d finished shards of an earlier harvest", len(entries))
+    return entries
+
+
+def _fill(source: Source, work: Path, shards: list[dict[str, Any]], n_tokens: int, progress: Progress | None,
+          dtype: StoreDtype) -> None:
+    done = sum(shard["n"] for shard in shards)
+    if done >= n_tokens:
+        return
+    pending: list[Tapped] = []
+    waiting = 0
+    for tapped in stream(*source, skip_rows=sum(shard["rows"] for shard in shards)):
+        pending.append(tapped)
+        waiting += int(tapped.batch.measured.sum())
+        if progress is not None:
+            progress(min(done + waiting, n_tokens), n_tokens)
+        if done + waiting >= n_tokens or sum(len(t.batch.tokens) for t in pending) == SHARD_ROWS:
+            shards.append(_write_shard(pending, work, shards, dtype))
+            write_json(work / "progress.json", shards)
+            pending, waiting, done = [], 0, done + shards[-1]["n"]
+            if done >= n_tokens:
+                return
+    if pending:
+        shards.append(_write_shard(pending, work, shards, dtype))
+
+
+def _write_shard(full: list[Tapped], work: Path, shards: list[dict[str, Any]], dtype: StoreDtype) -> dict[str, Any]:
+    measured = torch.cat([t.batch.measured for t in full])
+    acts = torch.cat([t.acts[t.batch.measured.to(t.acts.device)].float().cpu() for t in full])
+    if not len(acts) and not shards:
+        raise TextError("the text's first rows have no token to measure")
+    norms = acts.norm(dim=-1)
+    ceiling = shards[0]["ceiling"] if shards else MASSIVE * float(norms.median())
+    kept = norms <= ceiling
+    measured[measured.clone()] = kept
+    name = f"acts-{len(shards):05d}.safetensors"
+    save_file({"acts": acts[kept].to(getattr(torch, dtype))}, work / name)
+    save_file({"tokens": torch.cat([t.batch.tokens for t in full]).int(), "measured": measured,
+               "documents": torch.cat([t.batch.documents for t in full]).int()}, work / f"rows-{len(shards):05d}.safetensors")
+    return {"rows": len(measured), "n": int(kept.sum()), "massive": int((~kept).sum()), "ceiling": ceiling,
+            "norm_sum": float(norms[kept].sum()), "sha256": sha256_file(work / name)}
+
+
+def _finish(source: Source, work: Path, shards: list[dict[str, Any]], n_tokens: int) -> None:
+    subject, site, corpus = source
+    parts = [load_file(work / f"rows-{number:05d}.safetensors") for number in range(len(shards))]
+    save_file({name: torch.cat([part[name] for part in parts]) for name in ("tokens", "measured", "documents")},
+              work / "rows.safetensors")
+    write_json(work / "documents.json", list(corpus.document_ids))
+    for leftover in (*work.glob("rows-*.safetensors"), work / "progress.json"):
+        leftover.unlink(missing_ok=True)
+    total = sum(shard["n"] for shard in shards)
+    record = run_record({"text": corpus.spec.model_dump(), "split": corpus.split, "tokens": n_tokens}, seed=0,
+                        subject=subject.name, subject_digest=subject.digest, site=site.name, text_digest=corpus.digest,
+                        n=total, massive=sum(shard["massive"] for shard in shards), norm_ceiling=shards[0]["ceiling"],
+                        norm_mean=sum(shard["norm_sum"] for shard in shards) / max(total, 1))
+    seal(work, KIND, record)
+

@@ -1,0 +1,195 @@
+"""One run from a text to a saved dictionary: harvest, train, judge, save. Interruptible at any moment and resumable.
+
+While a run is under way everything lies in `OUT.partial` (the run's spec, a checkpoint, the log); `OUT` itself appears
+at the end, whole. The activations lie in the cache and are shared by all runs on the same subject, site and text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sae.card import card_markdown
+from sae.dictionary import JumpReLU, LinearDictionary, Provenance
+from sae.evaluate import Evaluation, evaluate
+from sae.formats import KIND, save_folder
+from sae.harvest import Progress, Source, harvest
+from sae.plan import Inputs
+from sae.sinks import Sink
+from sae.spec import RunSpec
+from sae.store import ActivationStore
+from sae.train import SAMPLE, Trainer
+from undertow.core.errors import ArtifactError, UserError
+from undertow.core.record import run_record
+from undertow.core.storage import create_artifact, disk_errors, refuse_existing, write_json, write_text
+from undertow.subjects.load import variant
+
+SPEC_FILE, CHECKPOINT, LOG = "run.json", "checkpoint.safetensors", "log.jsonl"
+EVALUATION, CARD = "evaluation.json", "card.md"
+CHECKPOINT_EVERY_S = 60.0
+LOG_EVERY = 10
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; what it had is saved in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"stopped; what there is lies in {folder}")
+        self.folder = folder
+
+
+class Watch(NamedTuple):
+    """What a run shows and heeds.
+
+    Attributes:
+        progress: called with (phase, done, total) while harvesting and judging.
+        sink: takes the events of the training itself.
+        should_stop: asked after every pass and every step.
+    """
+
+    progress: Callable[[str, int, int], None]
+    sink: Sink
+    should_stop: Callable[[], bool]
+
+
+class Result(NamedTuple):
+    """A finished run: the folder, the dictionary and its figures."""
+
+    path: Path
+    dictionary: LinearDictionary
+    evaluation: Evaluation
+    summary: dict[str, Any]
+
+
+def partial_folder(out: Path) -> Path:
+    """Where a run keeps what it has until it is finished."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def claim(out: Path, spec: RunSpec) -> Path:
+    """Reserve `out` for a new run and write down its spec.
+
+    Raises ArtifactError if `out` is taken, or holds an unfinished run.
+    """
+    refuse_existing(out)
+    work = partial_folder(out)
+    if (work / SPEC_FILE).exists():
+        raise ArtifactError(f"{work} holds an unfinished run",
+                            f"go on with it: undertow sae resume {out}; or remove it: rm -r {work}")
+    with disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(work / SPEC_FILE, spec.model_dump(mode="json"))
+    return work
+
+
+def unfinished(out: Path) -> RunSpec:
+    """The spec of the run that was interrupted on its way to `out`. Raises ArtifactError if there is none."""
+    file = partial_folder(out) / SPEC_FILE
+    if not file.is_file():
+        state = "is finished" if (out / "manifest.json").is_file() else "has never been started"
+        raise ArtifactError(f"nothing to resume: the run {out} {state}")
+    return RunSpec.checked(json.loads(file.read_text(encoding="utf-8")), str(file))
+
+
+def run(spec: RunSpec, inputs: Inputs, out: Path, cache: Path, watch: Watch) -> Result:
+    """Carry out a claimed run, from wherever it stands.
+
+    Raises:
+        Interrupted: a stop was asked for; `undertow sae resume` goes on.
+        UserError: bad input. A run that had not yet trained leaves nothing behind then.
+    """
+    began = time.perf_counter()
+    work = partial_folder(out)
+    try:
+        store = harvest(inputs.subject, inputs.site, inputs.train, spec.tokens, cache, _phase("harvest", watch, work))
+        trainer = _train(spec, inputs, store, work, watch)
+        dictionary = _rounded(trainer.dictionary(_provenance(spec, inputs, store, trainer)), spec.weights)
+        judged = evaluate(dictionary.to(inputs.subject.device), Source(inputs.subject, inputs.site, inputs.held_out),
+                          spec.eval_tokens, spec.ce_tokens, cache, _phase("judge", watch, work))
+    except UserError:
+        if not (work / CHECKPOINT).exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    summary = {"path": str(out), **judged.summary(), "train_tokens": store.n, "steps": trainer.spec.steps,
+               "wall_s": time.perf_counter() - began}
+    watch.sink.histogram("log10 density", judged.reconstruction.density.log10())
+    watch.sink.finish(summary)
+    _save(spec, inputs, dictionary, judged, summary, out)
+    watch.sink.artifact(out)
+    shutil.rmtree(work, ignore_errors=True)
+    return Result(out, dictionary, judged, summary)
+
+
+def _phase(name: str, watch: Watch, work: Path) -> Progress:
+    def progress(done: int, total: int) -> None:
+        watch.progress(name, done, total)
+        if watch.should_stop():
+            raise Interrupted(work)
+
+    return progress
+
+
+def _train(spec: RunSpec, inputs: Inputs, store: ActivationStore, work: Path, watch: Watch) -> Trainer:
+    training = spec.learn.train_spec(store.n, spec.seed)
+    checkpoint = work / CHECKPOINT
+    if checkpoint.exists():
+        trainer = Trainer.resume(checkpoint, str(inputs.subject.device))
+        if trainer.spec != training:
+            raise ArtifactError(f"{checkpoint} belongs to another run", f"remove it and start again: rm -r {work}")
+    else:
+        order = torch.randperm(store.n, generator=torch.Generator().manual_seed(spec.seed))
+        trainer = Trainer.begin(training, store.take(order[:SAMPLE]), str(inputs.subject.device))
+    watch.sink.start(training.steps, "training", spec.model_dump(mode="json"), trainer.step_number)
+    saved = time.monotonic()
+    for batch in store.batches(training.batch_size, spec.seed, start=trainer.step_number):
+        if trainer.finished:
+            break
+        report = trainer.step(batch)
+        if trainer.step_number % LOG_EVERY == 0 or trainer.step_number == 1:
+            seen = float(trainer.step_number * training.batch_size)
+            watch.sink.event(trainer.step_number, {"tokens": seen, **report._asdict()})
+        stop = watch.should_stop()
+        if stop or time.monotonic() - saved > CHECKPOINT_EVERY_S:
+            trainer.save(checkpoint)
+            saved = time.monotonic()
+        if stop:
+            raise Interrupted(work)
+    trainer.save(checkpoint)
+    return trainer
+
+
+def _rounded(dictionary: LinearDictionary, dtype: str) -> LinearDictionary:
+    """The dictionary as it will be read back from a file of `dtype`, so that its figures are those of the file."""
+    weights = {name: tensor.to(getattr(torch, dtype)).float() for name, tensor in dictionary.tensors().items()}
+    threshold = weights.pop("threshold", None)
+    activation = dictionary.activation if threshold is None else JumpReLU(threshold)
+    return dataclasses.replace(dictionary, **weights, activation=activation)
+
+
+def _provenance(spec: RunSpec, inputs: Inputs, store: ActivationStore, trainer: Trainer) -> Provenance:
+    return Provenance(
+        model_name=spec.model, hook_name=inputs.site.name, context_size=spec.text.context,
+        prepend_bos=inputs.subject.bos_id is not None,
+        extra={"subject_digest": inputs.subject.digest, "subject_variant": variant(spec.model), "text": spec.text.model_dump(),
+               "text_digest": inputs.train.digest, "tokens": store.n, "steps": trainer.spec.steps, "seed": spec.seed,
+               "norm_ceiling": store.record["norm_ceiling"], "run": spec.model_dump(mode="json")})
+
+
+def _save(spec: RunSpec, inputs: Inputs, dictionary: LinearDictionary, judged: Evaluation, summary: dict[str, Any],
+          out: Path) -> None:
+    figures = {key: value for key, value in summary.items() if key != "path"}
+    record = run_record(spec.model_dump(mode="json"), spec.seed, subject_digest=inputs.subject.digest, figures=figures)
+    with create_artifact(out, KIND, record) as folder:
+        save_folder(dictionary, folder, spec.weights, judged.reconstruction.density.clamp(min=1e-10).log10())
+        write_json(folder / EVALUATION, figures)
+        write_text(folder / CARD, card_markdown(spec, figures, dictionary.provenance))
+        log = partial_folder(out) / LOG
+        if log.is_file():
+            shutil.copy(log, folder / LOG)

@@ -1,0 +1,1 @@
+"""The command line. `main` imports one module a command, and only when that command is typed."""

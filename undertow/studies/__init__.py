@@ -1,0 +1,1 @@
+"""Scripted studies: arms, controls, measures, statistics. (Nothing here yet.)"""

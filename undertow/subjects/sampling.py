@@ -1,0 +1,112 @@
+"""Sampling in batches: left-padded, with a key-value cache, one random stream a sequence.
+
+A sequence draws from its own generator and sees only its own tokens, so its text does not depend on its neighbours.
+(Kernels round differently for different shapes; in float64 the tokens agree to the last, see the tests.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+from transformers import DynamicCache
+
+from undertow.core.errors import NumericsError, SpecError
+from undertow.core.seeds import generator
+from undertow.core.spec import Spec
+from undertow.subjects.subject import Subject
+
+
+class Sampling(Spec):
+    """How to sample. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=1.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    stop_at_eos: bool = True
+
+
+class Generated(NamedTuple):
+    """One sampled sequence: the new tokens (without the ending EOS) and their text."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    text: str
+
+
+def generate(subject: Subject, prompts: Sequence[Sequence[int]], sampling: Sampling,
+             seeds: Sequence[int]) -> list[Generated]:
+    """Sample a continuation of every prompt (token ids, as `Subject.encode` and `chat.render` give them).
+
+    Args:
+        subject: the model; an active splice acts on the prompt and on every new token.
+        prompts: token ids, none empty.
+        sampling: how to sample.
+        seeds: one a prompt.
+    """
+    if len(seeds) != len(prompts) or not prompts or not all(prompts):
+        raise SpecError(f"{len(prompts)} prompts and {len(seeds)} seeds: need one seed a prompt and no empty prompt")
+    tokens, attend = left_pad(prompts, subject)
+    streams = [generator(seed, "generate") for seed in seeds]
+    stops = subject.eos_ids if sampling.stop_at_eos else frozenset()
+    written: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    cache = DynamicCache()
+    with torch.inference_mode():
+        for _ in range(sampling.max_new_tokens):
+            positions = (attend.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:]
+            out = subject.hf_model(input_ids=tokens, attention_mask=attend, position_ids=positions,
+                                   past_key_values=cache, use_cache=True, logits_to_keep=1)
+            chosen = sample(out.logits[:, -1], sampling, streams)
+            for row, token in enumerate(chosen.tolist()):
+                running[row] = running[row] and token not in stops
+                if running[row]:
+                    written[row].append(token)
+            if not any(running):
+                break
+            tokens = chosen[:, None].to(tokens.device)
+            attend = torch.cat([attend, torch.ones_like(tokens)], dim=1)
+    return [Generated(list(prompt), new, subject.tokenizer.decode(new, skip_special_tokens=True))
+            for prompt, new in zip(prompts, written, strict=True)]
+
+
+def left_pad(prompts: Sequence[Sequence[int]], subject: Subject) -> tuple[Int[Tensor, "batch pos"],
+                                                                        Int[Tensor, "batch pos"]]:
+    """Token ids and attention mask (1 on real tokens), padded on the left to the longest prompt."""
+    width = max(map(len, prompts))
+    tokens = torch.full((len(prompts), width), subject.bos_id or 0, dtype=torch.long)
+    attend = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt):] = torch.tensor(list(prompt))
+        attend[row, width - len(prompt):] = 1
+    return tokens.to(subject.device), attend.to(subject.device)
+
+
+def sample(logits: Float[Tensor, "batch vocab"], sampling: Sampling,
+           streams: Sequence[torch.Generator]) -> Int[Tensor, "batch"]:
+    """One token a row by inverting the cumulative distribution at a uniform number from the row's own stream.
+
+    Raises NumericsError, naming the sequences, if logits are NaN (argmax would call that token 0).
+    """
+    if logits.isnan().any():
+        rows = logits.isnan().any(dim=-1).nonzero()[:, 0].tolist()
+        raise NumericsError(f"the logits of sequences {rows} are NaN", "try --dtype float32; if it stays, the model is broken")
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1).cpu()
+    scores = logits.double().cpu() / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[-1]:
+        floor = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < floor, -torch.inf)
+    probs = scores.softmax(dim=-1)
+    if sampling.top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= sampling.top_p] = 0
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+    cumulative = probs.cumsum(-1)
+    draws = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in streams]) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, draws, right=True).clamp(max=probs.shape[-1] - 1)[:, 0]

@@ -1,0 +1,122 @@
+"""The splice: the one place that edits a forward pass.
+
+An edit is a *delta* added to the activation, `x + delta`, never "reconstruction + error", so that an edit which changes
+nothing leaves the logits bit-identical. The first position of a sequence (the attention sink) and padding are never
+edited, nor is a token whose norm is above a ceiling. The model is restored when the `with` block ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from undertow.core.errors import EditError, NumericsError
+from undertow.subjects.sites import Site
+from undertow.subjects.subject import Subject
+from undertow.subjects.tapping import hidden_of
+
+
+class EditResult(NamedTuple):
+    """What an edit wants: `delta` is added where `fired`; elsewhere the activation stays as it is."""
+
+    delta: Float[Tensor, "batch pos d_model"]
+    fired: Bool[Tensor, "batch pos"]
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """A pure function of the activations at one site.
+
+    `editable` is False on padding, on position 0 and above the norm ceiling; what an edit asks for there is ignored.
+    """
+
+    def __call__(self, x: Float[Tensor, "batch pos d_model"],
+                 editable: Bool[Tensor, "batch pos"]) -> EditResult: ...
+
+
+@final
+class Splice:
+    """Counters of a running splice.
+
+    Attributes:
+        positions: editable token positions that passed the site.
+        firings: those at which the edit fired (also where its delta was zero).
+    """
+
+    def __init__(self) -> None:
+        self.positions = 0
+        self.firings = 0
+
+
+@contextlib.contextmanager
+def splice(subject: Subject, site: Site, edit: Edit, norm_ceiling: float | None = None) -> Iterator[Splice]:
+    """Edit every forward pass of `subject` at `site` while the block runs; plain `subject.hf_model` calls included.
+
+    Args:
+        subject: the model.
+        site: where to edit.
+        edit: what to add.
+        norm_ceiling: tokens whose activation norm (L2) is above it are massive activations and are left alone.
+
+    Raises:
+        EditError: the block ended without an exception and the edit had fired nowhere.
+        NumericsError: the edit asked for a delta that is not finite.
+    """
+    counts = Splice()
+    base, block = subject.hf_model.base_model, subject.blocks[site.layer]
+    signature = inspect.signature(base.forward)
+    editable: list[Tensor] = []  # of the pass under way; one element
+
+    def on_call(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        editable[:] = [_editable_positions(signature.bind_partial(*args, **kwargs).arguments)]
+
+    def edited(x: Tensor) -> Tensor:
+        allowed = editable[0].to(x.device)
+        if norm_ceiling is not None:
+            allowed = allowed & (x.norm(dim=-1) <= norm_ceiling)
+        result = edit(x, allowed)
+        if result.delta.shape != x.shape or result.fired.shape != x.shape[:2]:
+            raise EditError(f"the edit at {site.name} returned delta {tuple(result.delta.shape)} and fired "
+                            f"{tuple(result.fired.shape)} for an activation {tuple(x.shape)}")
+        fired = result.fired & allowed
+        delta = torch.where(fired[..., None], result.delta, 0.0)
+        if not torch.isfinite(delta).all():
+            raise NumericsError(f"the edit at {site.name} asked for a delta that is not finite")
+        counts.positions += int(allowed.sum())
+        counts.firings += int(fired.sum())
+        return x + delta.to(x.dtype)
+
+    def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return edited(output) if isinstance(output, Tensor) else (edited(hidden_of(output)), *output[1:])
+
+    def on_input(_module: nn.Module, args: Any) -> Any:
+        return (edited(hidden_of(args)), *args[1:])
+
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(base.register_forward_pre_hook(on_call, with_kwargs=True).remove)
+        hooks.callback((block.register_forward_hook(on_output) if site.kind == "resid_post"
+                        else block.register_forward_pre_hook(on_input)).remove)
+        yield counts
+    if counts.firings == 0:
+        raise EditError(f"the edit at {site.name} fired at none of {counts.positions} editable positions",
+                        "an edit that never fires proves nothing: run the subject inside the block, or loosen the gate")
+
+
+def _editable_positions(call: dict[str, Any]) -> Bool[Tensor, "batch pos"]:
+    """True on tokens that are neither padding nor the first token of their sequence, from the model's own arguments."""
+    inputs = call.get("input_ids")
+    inputs = call["inputs_embeds"] if inputs is None else inputs
+    batch, length = inputs.shape[:2]
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        rank = mask.long().cumsum(1)[:, -length:]
+        return mask[:, -length:].bool() & (rank > 1)
+    cache = call.get("past_key_values")
+    past = 0 if cache is None else cache.get_seq_length()
+    return (torch.arange(past, past + length, device=inputs.device) > 0).expand(batch, length)
