@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 from undertow.core.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from features import card, logit_effect, search
-    from features.card import FeatureCard, Lens
+    from features.cards import FeatureCard, Lens, card
     from features.codes import scan_codes
     from features.examples import ExampleTable, cached_examples, collect_examples, load_examples, save_examples
-    from features.search import Query, SearchResult
+    from features.logit_lens import logit_effect, promoted, suppressed
+    from features.searching import Query, SearchResult, search
 
 __all__ = ["ExampleTable", "FeatureCard", "Lens", "Query", "SearchResult", "cached_examples", "card",
-           "collect_examples", "load_examples", "logit_effect", "save_examples", "scan_codes", "search"]
+           "collect_examples", "load_examples", "logit_effect", "promoted", "save_examples", "scan_codes", "search",
+           "suppressed"]
 __getattr__ = lazy_names(__name__, {
-    "FeatureCard": "card", "Lens": "card", "scan_codes": "codes",
+    "FeatureCard": "cards", "Lens": "cards", "card": "cards", "scan_codes": "codes",
     "ExampleTable": "examples", "cached_examples": "examples", "collect_examples": "examples",
     "load_examples": "examples", "save_examples": "examples",
-    "Query": "search", "SearchResult": "search",
-}, modules=("card", "logit_effect", "search"))
+    "logit_effect": "logit_lens", "promoted": "logit_lens", "suppressed": "logit_lens",
+    "Query": "searching", "SearchResult": "searching", "search": "searching",
+})

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.corpus import Corpus, TokenBatch
-from sae.harvest import Source, harvest, rows_per_pass, stream
-from sae.train import Trainer, TrainSpec
+from sae.harvesting import Source, harvest, rows_per_pass, stream
+from sae.training import Trainer, TrainSpec
 from undertow.core.errors import UserError
 from undertow.core.seeds import generator
 from undertow.subjects.bridge import bridge
@@ -75,7 +75,8 @@ def step_contestants(size: StepSize, architecture: str, device: str) -> dict[str
     """
     batches = cycle(list(_synthetic(size, 8)))
     d_in, d_sae, k, batch = size
-    spec = TrainSpec.checked({"d_sae": d_sae, "k": k, "steps": 10_000, "architecture": architecture, "batch_size": batch}, "bench")
+    spec = TrainSpec.checked({"d_sae": d_sae, "k": k, "steps": 10_000, "architecture": architecture,
+                              "batch_size": batch}, "bench")
     trainer = Trainer.begin(spec, next(batches), device)
     peer = _sae_lens_trainer(size, architecture, device, batches)
     x = next(batches).to(device)

@@ -10,10 +10,10 @@ import torch
 
 from sae.corpus import Corpus, open_corpus
 from sae.dictionary import Provenance
-from sae.harvest import rows_per_pass
+from sae.harvesting import rows_per_pass
 from sae.spec import RunSpec
 from sae.text import TextSpec
-from sae.train import Trainer
+from sae.training import Trainer
 from undertow.core.errors import TextError
 from undertow.subjects.sites import Site
 from undertow.subjects.subject import Subject

@@ -18,14 +18,14 @@ import torch
 
 from sae.card import card_markdown
 from sae.dictionary import JumpReLU, LinearDictionary, Provenance
-from sae.evaluate import Evaluation, evaluate
+from sae.evaluation import Evaluation, evaluate
 from sae.formats import KIND, save_folder
-from sae.harvest import Progress, Source, harvest
+from sae.harvesting import Progress, Source, harvest
 from sae.plan import Inputs
 from sae.sinks import Sink
 from sae.spec import RunSpec
 from sae.store import ActivationStore
-from sae.train import SAMPLE, Trainer
+from sae.training import SAMPLE, Trainer
 from undertow.core.errors import ArtifactError, UserError
 from undertow.core.record import run_record
 from undertow.core.storage import create_artifact, disk_errors, refuse_existing, write_json, write_text

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from sae.text import TextSpec
-from sae.train import TrainSpec
+from sae.training import TrainSpec
 from undertow.core.errors import TextError
 from undertow.core.spec import Spec
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from beartype.roar import BeartypeCallHintParamViolation
 
-from features.logit_effect import logit_effect
+from features.logit_lens import logit_effect
 from tests.typecheck import check
 from undertow.subjects.sites import parse_site
 from undertow.subjects.unembed import UnembedView

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from features.card import Bar, FeatureCard, Lens, Part, card, feature_id
+from features.cards import Bar, FeatureCard, Lens, Part, card, feature_id
 from features.examples import collect_examples
 from undertow.cli.feature_view import OTHER, _append, card_view, cards_text
 from undertow.core.errors import DictionaryError

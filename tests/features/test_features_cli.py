@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from features.codes import dictionary_digest, dictionary_name
-from features.search import Query, search
+from features.searching import Query, search
 from sae.corpus import TextSpec
 from sae.dictionary import LinearDictionary, Provenance, TopK
 from sae.formats import save_folder

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from features.logit_effect import TokenEffect, logit_effect, promoted, suppressed
+from features.logit_lens import TokenEffect, logit_effect, promoted, suppressed
 from undertow.core.errors import DictionaryError
 from undertow.subjects.unembed import UnembedView
 

@@ -27,7 +27,7 @@ TAGGED = """
 Merger/nn-hl proposed/vbn-hl\x20
 However/wrb ,/, it/pps is/bez 1/2/cd done/vbn ;/. ;/. isn't/bez* it/pps ?/. ?/.
 """
-TEXT = 'The jury said, "no evidence".\n\nMerger proposed\nHowever, it is 1/2 done; isn\'t it?'
+TEXT = 'The jury said, "no evidence".\n\nMerger proposed However, it is 1/2 done; isn\'t it?'
 
 
 @pytest.mark.parametrize(("tagged", "text"), [
@@ -58,13 +58,13 @@ def test_detokenise_by_hand(tagged: str, text: str) -> None:
     assert detokenise(tagged) == text
 
 
-def test_lines_and_paragraphs() -> None:
+def test_sentences_and_paragraphs() -> None:
     assert detokenise(TAGGED) == TEXT
-    assert detokenise("a/at\nb/nn ./.\n\n\n\n\tc/nn\n") == "a\nb.\n\nc"
+    assert detokenise("a/at\nb/nn ./.\n\n\n\n\tc/nn\n") == "a b.\n\nc"
 
 
 def test_closing_marks_at_the_start_of_a_line_belong_to_the_line_before() -> None:
-    assert detokenise("(/( so/rb ./.\n)/)\n``/`` Yes/rb !/. !/.\n''/'' He/pps left/vbd ./.") == '(so.)\n"Yes!"\nHe left.'
+    assert detokenise("(/( so/rb ./.\n)/)\n``/`` Yes/rb !/. !/.\n''/'' He/pps left/vbd ./.") == '(so.) "Yes!" He left.'
     assert detokenise("./.\nWord/nn ./.") == "Word."
 
 

@@ -15,7 +15,8 @@ def random_weights(d_in: int, d_sae: int, seed: int) -> Weights:
     return Weights(*draw)
 
 
-def dense_gradients(weights: Weights, x: torch.Tensor, k: int, by_batch: bool, aux: AuxK | None) -> tuple[float, list[torch.Tensor]]:
+def dense_gradients(weights: Weights, x: torch.Tensor, k: int, by_batch: bool,
+                    aux: AuxK | None) -> tuple[float, list[torch.Tensor]]:
     """The same loss by dense matrices and autograd: the independent reference."""
     leaves = [w.clone().requires_grad_() for w in weights]
     W_enc, b_enc, W_dec, b_dec = leaves
@@ -42,7 +43,8 @@ def dense_gradients(weights: Weights, x: torch.Tensor, k: int, by_batch: bool, a
 @settings(max_examples=60, deadline=None)
 @given(batch=st.integers(1, 20), d_in=st.integers(1, 12), d_sae=st.integers(2, 40), data=st.data(), by_batch=st.booleans(),
        seed=st.integers(0, 10_000))
-def test_gradients_equal_dense_autograd(batch: int, d_in: int, d_sae: int, data: st.DataObject, by_batch: bool, seed: int) -> None:
+def test_gradients_equal_dense_autograd(batch: int, d_in: int, d_sae: int, data: st.DataObject, by_batch: bool,
+                                        seed: int) -> None:
     k = data.draw(st.integers(1, d_sae - 1))
     dead = data.draw(st.lists(st.integers(0, d_sae - 1), unique=True, max_size=d_sae))
     aux = data.draw(st.sampled_from([None, AuxK(torch.tensor(dead, dtype=torch.long), data.draw(st.integers(1, 8)), 0.3)]))
@@ -77,7 +79,8 @@ def test_auxk_reaches_the_encoder_of_dead_latents() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(batch=st.integers(1, 10), d_sae=st.integers(2, 30), k=st.integers(1, 10), floor=st.floats(0, 3), seed=st.integers(0, 999))
+@given(batch=st.integers(1, 10), d_sae=st.integers(2, 30), k=st.integers(1, 10), floor=st.floats(0, 3),
+       seed=st.integers(0, 999))
 def test_batch_top_k_does_not_depend_on_the_floor(batch: int, d_sae: int, k: int, floor: float, seed: int) -> None:
     pre = torch.randn(batch, d_sae, generator=torch.Generator().manual_seed(seed))
     brute = torch.zeros_like(pre, dtype=torch.bool).flatten()

@@ -126,9 +126,9 @@ def test_an_edit_that_never_fires_is_an_error(llama: Subject) -> None:
     def never(x: torch.Tensor, editable: torch.Tensor) -> EditResult:
         return EditResult(torch.ones_like(x), torch.zeros_like(editable))
 
-    with pytest.raises(EditError, match="fired at none of 23 editable positions"), splice(llama, site, never):
+    with pytest.raises(EditError, match=r"fired at none of 23 editable positions"), splice(llama, site, never):
         logits(llama, tokens_of(llama))
-    with pytest.raises(EditError, match="none of 0"), splice(llama, site, push):
+    with pytest.raises(EditError, match=r"none of 0"), splice(llama, site, push):
         pass
 
 
@@ -141,9 +141,9 @@ def test_a_wrong_delta_is_refused(llama: Subject) -> None:
     def infinite(x: torch.Tensor, editable: torch.Tensor) -> EditResult:
         return EditResult(torch.full_like(x, float("inf")), torch.ones_like(editable))
 
-    with pytest.raises(EditError, match="delta \\(1, 1, 32\\)"), splice(llama, site, broadcastable):
+    with pytest.raises(EditError, match=r"delta \\(1, 1, 32\\)"), splice(llama, site, broadcastable):
         logits(llama, tokens_of(llama))
-    with pytest.raises(NumericsError, match="not finite"), splice(llama, site, infinite):
+    with pytest.raises(NumericsError, match=r"not finite"), splice(llama, site, infinite):
         logits(llama, tokens_of(llama))
 
 
@@ -180,22 +180,22 @@ def test_text_cannot_spell_a_special_token(llama: Subject) -> None:
 def test_unknown_sites_name_near_matches(llama: Subject) -> None:
     with pytest.raises(SiteError, match=r"blocks\.1\.hook_resid_pots.*\n.*blocks\.1\.hook_resid_post"):
         llama.site("blocks.1.hook_resid_pots")
-    with pytest.raises(SiteError, match="3 blocks.*\n.*from 0 to 2"):
+    with pytest.raises(SiteError, match=r"3 blocks.*\n.*from 0 to 2"):
         llama.site("blocks.3.hook_resid_post")
 
 
 def test_unknown_models_are_refused_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNDERTOW_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(SubjectError, match="unknown model 'smolm2'.*\n.*did you mean smollm2"):
+    with pytest.raises(SubjectError, match=r"unknown model 'smolm2'.*\n.*did you mean smollm2"):
         load_subject("smolm2")
-    with pytest.raises(SubjectError, match="not been fetched yet\n.*undertow subject fetch smollm2"):
+    with pytest.raises(SubjectError, match=r"not been fetched yet\n.*undertow subject fetch smollm2"):
         load_subject("smollm2")
-    with pytest.raises(SubjectError, match="no such model folder"):
+    with pytest.raises(SubjectError, match=r"no such model folder"):
         load_subject(str(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SubjectError, match="no config.json"):
+    with pytest.raises(SubjectError, match=r"no config.json"):
         load_subject(str(tmp_path / "empty"))
-    with pytest.raises(SubjectError, match="unknown dtype 'float8'"):
+    with pytest.raises(SubjectError, match=r"unknown dtype 'float8'"):
         load_subject("smollm2", dtype="float8")
 
 
@@ -203,12 +203,12 @@ def test_unknown_architecture_and_truncated_weights(tmp_path: Path) -> None:
     folder = tiny.save_subject(tmp_path / "m", "llama")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"model_type": "llama"', '"model_type": "perceptron9"'))
-    with pytest.raises(SubjectError, match="perceptron9"):
+    with pytest.raises(SubjectError, match=r"perceptron9"):
         load_subject(str(folder))
     (folder / "config.json").write_text(config)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(SubjectError, match="cannot open the model"):
+    with pytest.raises(SubjectError, match=r"cannot open the model"):
         load_subject(str(folder))
 
 
@@ -219,7 +219,7 @@ def test_a_model_without_decoder_blocks_is_refused(tmp_path: Path) -> None:
     made.save_pretrained(folder)
     broken = load_subject(str(folder), device="cpu").hf_model
     broken.config.num_hidden_layers = 7
-    with pytest.raises(SubjectError, match="LlamaForCausalLM.*no single stack of 7"):
+    with pytest.raises(SubjectError, match=r"LlamaForCausalLM.*no single stack of 7"):
         _ = Subject("m", "m", broken, made).blocks
 
 
@@ -234,5 +234,5 @@ def test_a_changed_fetched_subject_is_refused(tmp_path: Path, monkeypatch: pytes
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ArtifactError, match="has changed.*\n.*undertow subject fetch smollm2"):
+    with pytest.raises(ArtifactError, match=r"has changed.*\n.*undertow subject fetch smollm2"):
         load_subject("smollm2", device="cpu")

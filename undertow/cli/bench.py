@@ -54,7 +54,7 @@ def harvest(
     """Activations from text: ours, sae-lens' ActivationsStore by both its routes, and the bare truncated forward."""
     from sae.bench import describe_subject, harvest_contestants, race
     from sae.corpus import TextSpec, open_corpus
-    from sae.harvest import Source
+    from sae.harvesting import Source
     from undertow.subjects.load import load_subject
 
     subject = load_subject(model)

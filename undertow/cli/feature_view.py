@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from features.card import Bar, Context, FeatureCard, Part, WordEffect
-    from features.search import ReadToken, SearchResult
+    from features.cards import Bar, Context, FeatureCard, Part, WordEffect
+    from features.searching import ReadToken, SearchResult
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 PEAK, OTHER = "«»", "‹›"  # the second cue beside colour: the token that counts, and others on which the latent fires

@@ -23,7 +23,7 @@ from undertow.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from features.card import FeatureCard
+    from features.cards import FeatureCard
     from features.examples import ExampleTable
     from sae.corpus import TextSpec
     from sae.dictionary import Dictionary
@@ -125,8 +125,8 @@ def search(
     How often a feature fires in general is known once `undertow features show` has measured this SAE.
     """
     from features.examples import find_examples
-    from features.search import Query
-    from features.search import search as run
+    from features.searching import Query
+    from features.searching import search as run
     from sae.formats import load
     from undertow.cli.feature_view import search_view
     from undertow.core.storage import cache_dir
@@ -198,7 +198,7 @@ def _table(bench: _Bench, choice: _TextChoice, seed: int) -> ExampleTable:
     """Statistics and examples of every latent; from the cache after the first time."""
     from features.examples import cached_examples
     from sae.corpus import open_corpus
-    from sae.harvest import harvest
+    from sae.harvesting import harvest
     from undertow.core.errors import TextError
     from undertow.core.storage import cache_dir
 
@@ -220,7 +220,7 @@ def _table(bench: _Bench, choice: _TextChoice, seed: int) -> ExampleTable:
 def _cards(bench: _Bench, table: ExampleTable, latents: list[int]) -> list[FeatureCard]:
     import torch
 
-    from features.card import Lens, card
+    from features.cards import Lens, card
     from undertow.subjects.unembed import final_norm_and_unembed
 
     lens = Lens(bench.subject.tokenizer, final_norm_and_unembed(bench.subject))

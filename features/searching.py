@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from features.card import feature_id
+from features.cards import feature_id
 from features.examples import ExampleTable
 from features.wording import pieces
 from sae.dictionary import Dictionary
-from sae.harvest import MASSIVE
+from sae.harvesting import MASSIVE
 from undertow.core.errors import DictionaryError, TextError
 from undertow.subjects.sites import Site
 from undertow.subjects.subject import Subject

@@ -217,7 +217,8 @@ class Trainer:
 def _name_bad_row(batch: Float[Tensor, "batch d_in"], step: int) -> None:
     bad = (~torch.isfinite(batch).all(dim=1)).nonzero()
     if len(bad):
-        raise NumericsError(f"batch {step}: {len(bad)} of {len(batch)} activations are not finite, the first in row {int(bad[0])}")
+        raise NumericsError(f"batch {step}: {len(bad)} of {len(batch)} activations are not finite, "
+                            f"the first in row {int(bad[0])}")
     raise NumericsError(f"the loss of step {step} is not finite", "try a smaller --lr")
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sae.corpus import Corpus, TokenBatch
 from sae.dictionary import Dictionary
-from sae.harvest import Progress, Source, harvest
+from sae.harvesting import Progress, Source, harvest
 from sae.metrics import LossTable, Reconstruction, loss_table, reconstruction
 from undertow.core.errors import TextError
 

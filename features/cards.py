@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from features.examples import BIN_EDGES, ExampleTable
-from features.logit_effect import TokenEffect, logit_effect, promoted, suppressed
+from features.logit_lens import TokenEffect, logit_effect, promoted, suppressed
 from features.ranking import AFTER, BEFORE, Examples
 from features.wording import Tokenizer, pieces, token_text
 from sae.dictionary import known_latents

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sae.dictionary import JumpReLU, Provenance, TopK
-from sae.train import Trainer, TrainSpec, rebatch, train
+from sae.training import Trainer, TrainSpec, rebatch, train
 from undertow.core.errors import ArtifactError, NumericsError, SpecError, TextError
 
 D_IN, N_TRUE = 24, 40
@@ -133,12 +133,13 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     Trainer.begin(TrainSpec(d_sae=8, k=2, steps=4), next(synthetic(1))).save(path)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ArtifactError, match="checkpoint .* cannot be read"):
+    with pytest.raises(ArtifactError, match=r"checkpoint .* cannot be read"):
         Trainer.resume(path)
 
 
 def test_schedule_by_hand() -> None:
     spec = TrainSpec(d_sae=16384, k=2, steps=100)
     assert spec.peak_lr == 4e-4
-    assert [round(spec.lr_at(s) / spec.peak_lr, 6) for s in (0, 4, 50, 69, 70, 85, 99)] == [0.2, 1, 1, 1, 1, 0.5, round(1 / 30, 6)]
+    shares = [round(spec.lr_at(s) / spec.peak_lr, 6) for s in (0, 4, 50, 69, 70, 85, 99)]
+    assert shares == [0.2, 1, 1, 1, 1, 0.5, round(1 / 30, 6)]
     assert Provenance.unknown().model_name == ""
