@@ -25,10 +25,11 @@ from torch import Tensor
 from sae.text import Document, Message, Side, Split, TextSpec, as_chat, document_hash, read_documents, split_documents
 from undertow.core.errors import TextError
 from undertow.core.spec import digest_json
+from undertow.subjects.special import special_ids
 
 __all__ = ["Corpus", "Count", "Split", "TextSpec", "TextTokenizer", "TokenBatch", "open_corpus", "tokenizer_digest"]
-_GROUP_DOCUMENTS = 64
-_GROUP_CHARS = 500_000
+_GROUP_DOCUMENTS = 32
+_GROUP_CHARS = 100_000
 _PROBE = ("The keeper's lamp, 1,234.50 and \t tabs;  two spaces\n\nÉtude “quoted” naïve 中文 🙂 <|im_end|> <s> can't "
           "camelCase SNAKE_CASE x=y+1 http://a.b/c?d=e")
 
@@ -38,7 +39,7 @@ class TextTokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
     @property
-    def all_special_ids(self) -> list[int]: ...
+    def allspecial_ids(self) -> list[int]: ...
 
     @property
     def added_tokens_decoder(self) -> Mapping[int, Any]:
@@ -119,7 +120,7 @@ class Corpus:
 
         Raises TextError: the text has changed since the corpus was opened, or a document cannot be rendered as a chat.
         """
-        special = np.array(sorted(_special_ids(self.tokenizer)), dtype=np.int64)
+        special = np.array(sorted(special_ids(self.tokenizer)), dtype=np.int64)
         remaining = islice(self._rows(), skip_rows, None)
         first = skip_rows
         while pending := list(islice(remaining, rows)):
@@ -216,14 +217,8 @@ def open_corpus(spec: TextSpec, split: Split, tokenizer: TextTokenizer, bos_id: 
 def tokenizer_digest(tokenizer: TextTokenizer) -> str:
     """16 hex characters over the vocabulary, special tokens, chat template, and the encoding of a probe text."""
     vocab = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return digest_json({"vocab": hashlib.sha256(vocab.encode()).hexdigest(), "special": sorted(_special_ids(tokenizer)),
+    return digest_json({"vocab": hashlib.sha256(vocab.encode()).hexdigest(), "special": sorted(special_ids(tokenizer)),
                         "template": str(tokenizer.chat_template), "probe": _encode_plain(tokenizer, [_PROBE])[0]})
-
-
-def _special_ids(tokenizer: TextTokenizer) -> set[int]:
-    """All special tokens: the named ones (BOS, EOS, ...) and the template's marks, which are only "added" ones."""
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
 
 
 def _encode_plain(tokenizer: TextTokenizer, texts: list[str]) -> list[list[int]]:
@@ -233,7 +228,7 @@ def _encode_plain(tokenizer: TextTokenizer, texts: list[str]) -> list[list[int]]
 
 def _checked_chats(documents: Iterable[Document], chat: bool, tokenizer: TextTokenizer) -> Iterator[Document]:
     """Refuse, in the first pass and so before any work, chats that could not be rendered."""
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     marks = [token.content for index, token in tokenizer.added_tokens_decoder.items() if index in special]
     for document in documents:
         if chat or document.messages:

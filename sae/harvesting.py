@@ -88,6 +88,12 @@ def store_key(subject: Subject, site: Site, corpus: Corpus, n_tokens: int, dtype
                         "dtype": dtype, "shard_rows": SHARD_ROWS, "massive": MASSIVE})
 
 
+def store_folder(subject: Subject, site: Site, corpus: Corpus, n_tokens: int, cache: Path,
+                 dtype: StoreDtype = "bfloat16") -> Path:
+    """Where the store of these activations lies or will lie."""
+    return cache / "activations" / store_key(subject, site, corpus, n_tokens, dtype)
+
+
 def harvest(subject: Subject, site: Site, corpus: Corpus, n_tokens: int, cache: Path, progress: Progress | None = None,
             dtype: StoreDtype = "bfloat16") -> ActivationStore:
     """Store at least `n_tokens` activations (to the end of a pass; all there are, if fewer), or reopen the store made earlier.
@@ -109,12 +115,11 @@ def harvest(subject: Subject, site: Site, corpus: Corpus, n_tokens: int, cache: 
         ArtifactError: a stored shard has changed.
         TextError: the text has no token to measure.
     """
-    key = store_key(subject, site, corpus, n_tokens, dtype)
-    final = cache / "activations" / key
+    final = store_folder(subject, site, corpus, n_tokens, cache, dtype)
     if final.exists():
         return open_store(final)
     require_space(cache, n_tokens * subject.d_model * (2 if dtype == "bfloat16" else 4))
-    work = final.with_name(f".{key}.partial")
+    work = final.with_name(f".{final.name}.partial")
     source = Source(subject, site, corpus)
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
@@ -126,15 +131,14 @@ def harvest(subject: Subject, site: Site, corpus: Corpus, n_tokens: int, cache: 
 
 
 def _finished_shards(work: Path) -> list[dict[str, Any]]:
-    """Shards of an interrupted harvest that are whole; anything after the first bad one is dropped."""
+    """Finished shards of an interrupted harvest. Raises ArtifactError, naming the file, if one has changed."""
     ledger = work / "progress.json"
     if not ledger.is_file():
         return []
     entries = json.loads(ledger.read_text(encoding="utf-8"))
-    for number, entry in enumerate(entries):
-        shard = work / f"acts-{number:05d}.safetensors"
-        if not shard.is_file() or sha256_file(shard) != entry["sha256"]:
-            raise ArtifactError(f"{shard} of an interrupted harvest has changed since it was written",
+    for name, digest in (item for entry in entries for item in entry["files"].items()):
+        if not (work / name).is_file() or sha256_file(work / name) != digest:
+            raise ArtifactError(f"{work / name} of an interrupted harvest has changed since it was written",
                                 f"remove it and start again: rm -r {work}")
     log.info("going on after %d finished shards of an earlier harvest", len(entries))
     return entries
@@ -171,12 +175,12 @@ def _write_shard(full: list[Tapped], work: Path, shards: list[dict[str, Any]], d
     ceiling = shards[0]["ceiling"] if shards else MASSIVE * float(norms.median())
     kept = norms <= ceiling
     measured[measured.clone()] = kept
-    name = f"acts-{len(shards):05d}.safetensors"
-    save_file({"acts": acts[kept].to(getattr(torch, dtype))}, work / name)
+    names = [f"{kind}-{len(shards):05d}.safetensors" for kind in ("acts", "rows")]
+    save_file({"acts": acts[kept].to(getattr(torch, dtype))}, work / names[0])
     save_file({"tokens": torch.cat([t.batch.tokens for t in full]).int(), "measured": measured,
-               "documents": torch.cat([t.batch.documents for t in full]).int()}, work / f"rows-{len(shards):05d}.safetensors")
+               "documents": torch.cat([t.batch.documents for t in full]).int()}, work / names[1])
     return {"rows": len(measured), "n": int(kept.sum()), "massive": int((~kept).sum()), "ceiling": ceiling,
-            "norm_sum": float(norms[kept].sum()), "sha256": sha256_file(work / name)}
+            "norm_sum": float(norms[kept].sum()), "files": {name: sha256_file(work / name) for name in names}}
 
 
 def _finish(source: Source, work: Path, shards: list[dict[str, Any]], n_tokens: int) -> None:
@@ -185,7 +189,8 @@ def _finish(source: Source, work: Path, shards: list[dict[str, Any]], n_tokens: 
     save_file({name: torch.cat([part[name] for part in parts]) for name in ("tokens", "measured", "documents")},
               work / "rows.safetensors")
     write_json(work / "documents.json", list(corpus.document_ids))
-    for leftover in (*work.glob("rows-*.safetensors"), work / "progress.json"):
+    # The ledger goes first: a harvest killed here must not take for whole what has lost its rows.
+    for leftover in (work / "progress.json", *work.glob("rows-*.safetensors")):
         leftover.unlink(missing_ok=True)
     total = sum(shard["n"] for shard in shards)
     record = run_record({"text": corpus.spec.model_dump(), "split": corpus.split, "tokens": n_tokens}, seed=0,
@@ -193,4 +198,3 @@ def _finish(source: Source, work: Path, shards: list[dict[str, Any]], n_tokens: 
                         n=total, massive=sum(shard["massive"] for shard in shards), norm_ceiling=shards[0]["ceiling"],
                         norm_mean=sum(shard["norm_sum"] for shard in shards) / max(total, 1))
     seal(work, KIND, record)
-

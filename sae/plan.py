@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from sae.corpus import Corpus, open_corpus
 from sae.dictionary import Provenance
-from sae.harvesting import rows_per_pass
+from sae.harvesting import rows_per_pass, store_folder
 from sae.spec import RunSpec
 from sae.text import TextSpec
 from sae.training import Trainer
@@ -30,7 +31,7 @@ class Inputs(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Estimated cost of a run. Times in seconds if nothing is cached yet; sizes in bytes."""
+    """Estimated cost of a run, in seconds and bytes; the harvest costs nothing if it lies in the cache."""
 
     tokens: int
     steps: int
@@ -52,7 +53,7 @@ def open_inputs(spec: RunSpec, subject: Subject) -> Inputs:
     return Inputs(subject, site, train, held_out)
 
 
-def make_plan(spec: RunSpec, inputs: Inputs) -> Plan:
+def make_plan(spec: RunSpec, inputs: Inputs, cache: Path) -> Plan:
     """Estimate the cost of `spec` on this machine. Raises TextError if the text is shorter than one batch."""
     subject, site, corpus, held_out = inputs
     batch = next(corpus.batches(rows_per_pass(subject, spec.text.context)))
@@ -70,7 +71,8 @@ def make_plan(spec: RunSpec, inputs: Inputs) -> Plan:
     width = 4 * training.d_sae
     return Plan(
         tokens=tokens, steps=training.steps,
-        harvest_s=(tokens + judged) * batch.tokens.numel() / measured * per_token,
+        harvest_s=0.0 if store_folder(subject, site, corpus, spec.tokens, cache).exists() else
+        (tokens + judged) * batch.tokens.numel() / measured * per_token,
         train_s=training.steps * per_step,
         judge_s=4 * min(spec.ce_tokens, judged) * per_token * depth * 1.4,  # 1.4: the unembedding, measured on SmolLM2
         disk_bytes=(tokens + judged) * subject.d_model * 2,

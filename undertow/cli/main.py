@@ -6,6 +6,7 @@ Exit 0 on success, 2 on a mistake of the user (one message, no traceback), 130 o
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,8 @@ def _run(request: Request) -> int:
 
 
 def _run_command(command: Command, words: list[str]) -> int:
+    # The loaders' own bars say nothing that ours do not; they read this when they are imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     import typer
     import typer.main
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train, resume, eval, import.")
 
 SaeArgument = Annotated[str, typer.Argument(metavar="SAE", help="An SAE: a folder, or a packaged name such as smollm2/12.")]
-SameModelOption = Annotated[bool, typer.Option("--same-model", help="Take --model for the SAE's model under another name.")]
+SameModelOption = Annotated[bool, typer.Option("--same-model",
+                                               help="Take --model for the SAE's model under another name.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto (CUDA if there is one).")]
 WandbOption = Annotated[str, typer.Option("--wandb", help="disabled, offline or online.")]
 
@@ -56,8 +57,7 @@ def train(
     weights: Annotated[str, typer.Option(help="Type of the saved weights: float32 or float16.")] = "float32",
     column: ColumnOption = None,
     chat: ChatOption = False,
-    device: SameModelOption = Annotated[bool, typer.Option("--same-model", help="Take --model for the SAE's model under another name.")]
-DeviceOption = "auto",
+    device: DeviceOption = "auto",
     wandb: WandbOption = "disabled",
     seed: SeedOption = 0,
     json_: JsonOption = False,
@@ -69,7 +69,7 @@ DeviceOption = "auto",
     from sae.plan import make_plan, open_inputs
     from sae.run import claim
     from sae.spec import RunSpec
-    from undertow.core.storage import refuse_existing
+    from undertow.core.storage import cache_dir, refuse_existing
     from undertow.subjects.load import load_subject
 
     spec = RunSpec.checked({
@@ -80,7 +80,7 @@ DeviceOption = "auto",
                   "lr": lr, "aux_coefficient": aux_coefficient}}, "sae train")
     refuse_existing(out)
     inputs = open_inputs(spec, load_subject(model, device))
-    _announce(make_plan(spec, inputs), spec)
+    _announce(make_plan(spec, inputs, cache_dir()), spec)
     claim(out, spec)
     _carry_out(spec, inputs, out, wandb, json_)
 
@@ -88,8 +88,7 @@ DeviceOption = "auto",
 @app.command()
 def resume(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of the run that was interrupted.")],
-    device: SameModelOption = Annotated[bool, typer.Option("--same-model", help="Take --model for the SAE's model under another name.")]
-DeviceOption = "auto",
+    device: DeviceOption = "auto",
     wandb: WandbOption = "disabled",
     json_: JsonOption = False,
 ) -> None:
@@ -108,7 +107,7 @@ def _announce(plan: Plan, spec: RunSpec) -> None:
     console().print(
         f"{spec.learn.architecture}, {spec.learn.width:,} latents, k = {spec.learn.k}, at {spec.site} of {spec.model}\n"
         f"  tokens   {plan.tokens:,} activations, {plan.steps:,} steps of {spec.learn.batch_size:,}\n"
-        f"  time     about {duration(plan.total_s)}: harvest {duration(plan.harvest_s)} (less if cached), "
+        f"  time     about {duration(plan.total_s)}: harvest {duration(plan.harvest_s) if plan.harvest_s else 'cached'}, "
         f"train {duration(plan.train_s)}, judge {duration(plan.judge_s)}\n"
         f"  memory   {plan.memory_bytes / 1e9:.1f} GB beside the subject; disk {plan.disk_bytes / 1e9:.1f} GB in the cache",
         markup=False)
@@ -144,8 +143,7 @@ def evaluate_(
     eval_tokens: Annotated[int | None, typer.Option(help="Held-out activations; those of the card, if absent.")] = None,
     ce_tokens: Annotated[int | None, typer.Option(help="Held-out tokens for cross-entropy and KL.")] = None,
     same_model: SameModelOption = False,
-    device: SameModelOption = Annotated[bool, typer.Option("--same-model", help="Take --model for the SAE's model under another name.")]
-DeviceOption = "auto",
+    device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
     """Judge an SAE on the held-out documents of a text: FVU, L0, dead latents, cross-entropy and KL with its terms.
@@ -188,10 +186,12 @@ def _print_figures(summary: dict[str, Any], json_: bool) -> None:
     recovered = f", recovered {s['ce_recovered']:.3f}" if "ce_recovered" in s else ""
     lines = [
         f"{s['path']}",
-        f"  FVU {s['fvu']:.4f}   L0 {s['l0']:.1f}   dead {100 * s['dead_share']:.2f} %   on {s['tokens']:,} held-out activations",
+        f"  FVU {s['fvu']:.4f}   L0 {s['l0']:.1f}   dead {100 * s['dead_share']:.2f} %   "
+        f"on {s['tokens']:,} held-out activations",
         f"  CE  untouched {s['ce_base']:.4f}, reconstructed {s['ce_recon']:.4f}, mean ablation {s['ce_mean_ablation']:.4f}, "
         f"zero ablation {s['ce_zero_ablation']:.4f} nats{recovered}",
-        f"  KL  reconstructed {s['kl_recon']:.4f}, mean ablation {s['kl_mean_ablation']:.4f} nats   ({s['ce_tokens']:,} tokens)",
+        f"  KL  reconstructed {s['kl_recon']:.4f}, mean ablation {s['kl_mean_ablation']:.4f} nats   "
+        f"({s['ce_tokens']:,} tokens)",
         f"  density  {'   '.join(f'{name}: {count:,}' for name, count in s['density_histogram'].items() if count)}",
         f"  left out as massive: {s['massive_tokens']:,} tokens   wall {duration(s['wall_s'])}"]
     console().print("\n".join(lines), markup=False)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,8 +44,6 @@ def fetch(
     json_: JsonOption = False,
 ) -> None:
     """Fetch a subject into the cache, once; a damaged copy is replaced."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read by the loaders' progress bars when they are imported
     from undertow.core.errors import SpecError
     from undertow.subjects.catalog import fetchable
     from undertow.subjects.fetch import fetch as run

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from undertow.core.errors import TextError
+from undertow.subjects.special import special_ids
 
 ROLES = ("system", "user", "assistant")
 
@@ -56,9 +57,10 @@ def _check(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str
         raise TextError("this tokenizer has no chat template", "leave --chat away, or choose a chat model")
     if not messages:
         raise TextError("a chat needs at least one message")
+    marks = [str(mark) for mark in tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))]
     for role, content in messages:
         if role not in ROLES:
             raise TextError(f"unknown role {role!r}", f"roles are {', '.join(ROLES)}")
-        forged = next((token for token in tokenizer.all_special_tokens if token in content), None)
+        forged = next((token for token in marks if token in content), None)
         if forged is not None:
             raise TextError(f"a {role} message contains the special mark {forged!r}", "remove it from the text")

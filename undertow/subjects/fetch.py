@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from undertow.core.errors import ArtifactError, FetchError, SubjectError, near_matches
 from undertow.core.record import run_record
@@ -137,12 +144,12 @@ def open_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # The GGUF reader drops the digit splitting that this tokenizer was trained with.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    config = type(read.config)(**{key: value for key, value in read.config.to_dict().items()
+    config = LlamaConfig(**{key: value for key, value in read.config.to_dict().items()
                                   if key not in ("quantization_config", "_name_or_path", "architectures")})
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(read.state_dict())
     plain.tie_weights()
-    return plain.to(torch.float32), tokenizer
+    return plain, tokenizer
 
 
 def _store(entry: Fetchable, folder: Path, variant: str, model: PreTrainedModel,

@@ -39,7 +39,7 @@ def load_subject(name_or_path: str, device: str = "auto", dtype: str = "float32"
         raise _unreadable(name_or_path, source, error) from error
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        model = model.to(chosen).eval().requires_grad_(False)
+        model = model.to(chosen).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]  (its stub lacks `to`)
     except (RuntimeError, AssertionError) as error:
         raise SubjectError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}", "try --device cpu") from None
     subject = Subject(name_or_path, source, model, tokenizer)

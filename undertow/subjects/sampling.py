@@ -71,7 +71,7 @@ def generate(subject: Subject, prompts: Sequence[Sequence[int]], sampling: Sampl
                 break
             tokens = chosen[:, None].to(tokens.device)
             attend = torch.cat([attend, torch.ones_like(tokens)], dim=1)
-    return [Generated(list(prompt), new, subject.tokenizer.decode(new, skip_special_tokens=True))
+    return [Generated(list(prompt), new, str(subject.tokenizer.decode(new, skip_special_tokens=True)))
             for prompt, new in zip(prompts, written, strict=True)]
 
 

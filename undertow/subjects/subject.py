@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from undertow.core.errors import SubjectError
 from undertow.subjects.sites import Site, parse_site
+from undertow.subjects.special import special_ids
 
 
 @final
@@ -70,7 +71,7 @@ class Subject:
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids of the tokenizer's special tokens; their activations are never trained on, measured or edited."""
-        return frozenset(self.tokenizer.all_special_ids)
+        return special_ids(self.tokenizer)
 
     @cached_property
     def digest(self) -> str:
