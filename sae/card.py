@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from sae.dictionary import Provenance
@@ -11,8 +12,8 @@ from sae.spec import RunSpec
 def command_of(spec: RunSpec, out: str) -> str:
     """The command line that carries out `spec`; options at their defaults are left out."""
     learn, text = spec.learn, spec.text
-    words = ["undertow sae train", f"--model {spec.model}", f"--site {spec.site}", f"--width {learn.width}",
-             f"--k {learn.k}", f"--text {text.source}", f"--tokens {spec.tokens}"]
+    words = ["undertow sae train", f"--model {_word(spec.model)}", f"--site {spec.site}", f"--width {learn.width}",
+             f"--k {learn.k}", f"--text {_word(text.source)}", f"--tokens {spec.tokens}"]
     optional = {
         "--column": (text.column, None), "--context": (text.context, 256), "--held-out": (text.held_out, 0.05),
         "--architecture": (learn.architecture, "topk"), "--epochs": (learn.epochs, 3.0), "--lr": (learn.lr, None),
@@ -20,9 +21,14 @@ def command_of(spec: RunSpec, out: str) -> str:
         "--eval-tokens": (spec.eval_tokens, 65_536), "--ce-tokens": (spec.ce_tokens, 8_192),
         "--weights": (spec.weights, "float32"), "--seed": (spec.seed, 0),
     }
-    words += [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-              for name, (value, default) in optional.items() if value != default]
-    return " ".join([*words, *(["--chat"] if text.chat else []), f"--out {out}"])
+    words += [f"{name} {_word(value)}" for name, (value, default) in optional.items() if value != default]
+    return " ".join([*words, *(["--chat"] if text.chat else []), f"--out {_word(out)}"])
+
+
+def _word(value: str | float | None) -> str:
+    """A value as a shell reads it back, exactly; as short as that allows."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return shlex.quote(repr(value) if isinstance(value, float) and float(short) != value else short)
 
 
 def card_markdown(spec: RunSpec, figures: dict[str, Any], provenance: Provenance) -> str:

@@ -39,7 +39,7 @@ class TextTokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
     @property
-    def allspecial_ids(self) -> list[int]: ...
+    def all_special_ids(self) -> list[int]: ...
 
     @property
     def added_tokens_decoder(self) -> Mapping[int, Any]:

