@@ -21,7 +21,8 @@ def test_the_quickstart_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(f"needs: {'; '.join(missing)}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    where = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "4096 latents, 32 active a token" in printed
     assert "firings:" in printed and "edited:" in printed

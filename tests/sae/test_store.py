@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import pytest
@@ -91,7 +91,7 @@ def test_float32_is_exact_where_bfloat16_rounds(tmp_path: Path) -> None:
 def test_every_epoch_is_one_global_permutation(store: ActivationStore) -> None:
     per_epoch = N // 5
     drawn = [origins(batch) for batch in islice(store.batches(5, seed=1), 3 * per_epoch)]
-    epochs = [sum(drawn[e * per_epoch:(e + 1) * per_epoch], []) for e in range(3)]
+    epochs = [list(chain.from_iterable(drawn[e * per_epoch:(e + 1) * per_epoch])) for e in range(3)]
     for epoch in epochs:
         assert len(epoch) == len(set(epoch)) == 5 * per_epoch  # nothing twice; a tail of 4 is left out
     assert len({tuple(epoch) for epoch in epochs}) == 3

@@ -217,7 +217,10 @@ def test_a_disk_that_fills_up_on_the_way(wheel: Path, cache: Path) -> None:
     assert left_behind(cache) == []
 
 
-def test_pip_that_fails_and_pip_that_brings_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("code", "stderr", "reason"), [
+    (1, "noise\nERROR: no matching distribution", "ERROR: no matching distribution"), (0, "", "no reason given")])
+def test_pip_that_fails_or_brings_nothing(code: int, stderr: str, reason: str, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
     def fails(command: list[str], **kwargs: Any) -> Any:
@@ -225,10 +228,8 @@ def test_pip_that_fails_and_pip_that_brings_nothing(tmp_path: Path, monkeypatch:
         return subprocess.CompletedProcess(command, code, "", stderr)
 
     monkeypatch.setattr(subprocess, "run", fails)
-    for code, stderr, message in ((1, "noise\nERROR: no matching distribution", "ERROR: no matching distribution"),
-                                  (0, "", "no reason given")):
-        with pytest.raises(FetchError, match=f"pip could not download toy-wheel==0.1: {message}"):
-            pip_download("toy-wheel==0.1", tmp_path)
+    with pytest.raises(FetchError, match=f"pip could not download toy-wheel==0.1: {reason}"):
+        pip_download("toy-wheel==0.1", tmp_path)
     assert "--no-deps" in commands[0]
     assert "--only-binary=:all:" in commands[0]  # nothing of the package is run
 

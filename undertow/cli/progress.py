@@ -19,37 +19,52 @@ PLAIN_INTERVAL_S = 10.0
 
 @final
 class Phases:
-    """Progress of named phases, one bar each; silent about a phase that has nothing to do. Used in a `with` block."""
+    """Progress of named phases, one after another; silent about a phase that has nothing to do. Used in a `with` block.
+
+    A bar is on the screen only while its phase is under way, since two live displays erase each other's lines.
+    """
 
     def __init__(self) -> None:
-        screen = Console(stderr=True)
-        self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-                             TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=screen,
-                             disable=not screen.is_terminal, transient=True)
-        self._plain = not screen.is_terminal
-        self._tasks: dict[str, tuple[TaskID, float, int]] = {}  # task, when it began, what was done then
-        self._spoke = -PLAIN_INTERVAL_S
+        self._screen = Console(stderr=True)
+        self._phase = ""
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._began, self._first, self._spoke = 0.0, 0, 0.0
 
     def __enter__(self) -> Self:
-        self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+        self._end()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """`done` of `total` units of `phase`."""
         now = time.monotonic()
-        if phase not in self._tasks:
-            self._tasks[phase] = (self._bar.add_task(phase, total=total, rate=""), now, done)
-            self._spoke = -PLAIN_INTERVAL_S
-        task, began, first = self._tasks[phase]
-        rate = (done - first) / (now - began) if now > began else 0.0
-        self._bar.update(task, completed=done, total=total, rate=f"{rate:,.0f}/s")
-        if self._plain and (now - self._spoke >= PLAIN_INTERVAL_S or done >= total):
+        if phase != self._phase:
+            self._begin(phase, done, total, now)
+        rate = (done - self._first) / (now - self._began) if now > self._began else 0.0
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, rate=f"{rate:,.0f}/s")
+        elif not self._screen.is_terminal and (now - self._spoke >= PLAIN_INTERVAL_S or done >= total):
             self._spoke = now
             left = f", about {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
             log.info("%s: %s of %s, %.0f/s%s", phase, f"{done:,}", f"{total:,}", rate, left)
+        if done >= total:
+            self._end()
+
+    def _begin(self, phase: str, done: int, total: int, now: float) -> None:
+        self._end()
+        self._phase, self._began, self._first, self._spoke = phase, now, done, now - PLAIN_INTERVAL_S
+        if self._screen.is_terminal:
+            self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                                 TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=self._screen, transient=True)
+            self._task = self._bar.add_task(phase, total=total, rate="")
+            self._bar.start()
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 @final

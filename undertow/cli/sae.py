@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,7 @@ from undertow.cli.common import (
 
 if TYPE_CHECKING:
     from sae.plan import Inputs, Plan
+    from sae.sinks import WandbMode
     from sae.spec import RunSpec
 
 app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train, resume, eval, import.")
@@ -33,7 +34,7 @@ SaeArgument = Annotated[str, typer.Argument(metavar="SAE", help="An SAE: a folde
 SameModelOption = Annotated[bool, typer.Option("--same-model",
                                                help="Take --model for the SAE's model under another name.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto (CUDA if there is one).")]
-WandbOption = Annotated[str, typer.Option("--wandb", help="disabled, offline or online.")]
+WandbOption = Annotated[Literal["disabled", "offline", "online"], typer.Option("--wandb", help="Log to Weights & Biases.")]
 
 
 @app.command()
@@ -113,7 +114,7 @@ def _announce(plan: Plan, spec: RunSpec) -> None:
         markup=False)
 
 
-def _carry_out(spec: RunSpec, inputs: Inputs, out: Path, wandb: str, json_: bool) -> None:
+def _carry_out(spec: RunSpec, inputs: Inputs, out: Path, wandb: WandbMode, json_: bool) -> None:
     from rich.console import Console
 
     from sae.run import LOG, Interrupted, Watch, partial_folder, run
@@ -128,6 +129,8 @@ def _carry_out(spec: RunSpec, inputs: Inputs, out: Path, wandb: str, json_: bool
             result = run(spec, inputs, out, cache_dir(), Watch(phases, sinks, stop))
         except Interrupted as stopped:
             console().print(f"stopped; saved in {stopped.folder}. Go on with: undertow sae resume {out}", markup=False)
+            if json_:
+                emit({"stopped": str(stopped.folder), "resume": f"undertow sae resume {out}"}, as_json=True)
             raise typer.Exit(stop.exit_code) from None
     _print_figures(result.summary, json_)
 
