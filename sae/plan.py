@@ -103,6 +103,16 @@ def default_text(provenance: Provenance, source: str | None, column: str | None,
     return TextSpec.checked(recorded, "the SAE's own text")
 
 
-def open_held_out(spec: TextSpec, subject: Subject) -> Corpus:
-    """The held-out split of a text."""
-    return open_corpus(spec, "held_out", subject.tokenizer, subject.bos_id)
+def open_held_out(provenance: Provenance, subject: Subject, source: str | None, column: str | None, chat: bool) -> Corpus:
+    """The held-out split of the text named by `source`, else of the one that the SAE was trained on.
+
+    Raises TextError if it cannot be opened; for the SAE's own text it says how to name another.
+    """
+    spec = default_text(provenance, source, column, chat)
+    try:
+        return open_corpus(spec, "held_out", subject.tokenizer, subject.bos_id)
+    except TextError as error:
+        if source is not None:
+            raise
+        raise TextError(f"the text that the SAE was trained on cannot be opened: {error.what}",
+                        f"{error.hint}; or name another with --text".removeprefix("; or ")) from error

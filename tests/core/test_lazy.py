@@ -22,10 +22,10 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_names_and_modules(room: str) -> None:
-    get = lazy_names(room, {"thing": "inner"}, modules=("inner",))
+    get = lazy_names(room, {"thing": "inner"})
     assert f"{room}.inner" not in sys.modules
     assert get("thing") == 3
-    assert get("inner") is sys.modules[f"{room}.inner"]
+    assert f"{room}.inner" in sys.modules
     with pytest.raises(AttributeError, match=f"module '{room}' has no attribute 'thnig'"):
         get("thnig")
 
@@ -33,5 +33,3 @@ def test_names_and_modules(room: str) -> None:
 def test_a_name_that_a_module_would_hide_is_refused() -> None:
     with pytest.raises(ValueError, match="both a name and a module called train"):
         lazy_names("room", {"train": "train"})
-    with pytest.raises(ValueError, match="called search"):
-        lazy_names("room", {"search": "card"}, modules=("search",))

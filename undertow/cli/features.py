@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -25,7 +23,6 @@ from undertow.cli.common import (
 if TYPE_CHECKING:
     from features.cards import FeatureCard
     from features.examples import ExampleTable
-    from sae.corpus import TextSpec
     from sae.dictionary import Dictionary
     from undertow.subjects.sites import Site
     from undertow.subjects.subject import Subject
@@ -180,41 +177,21 @@ def _choose(latents: list[int], n_random: int, seed: int, d_sae: int) -> list[in
     return latents + [rest[int(i)] for i in order[:n_random]]
 
 
-def _text_spec(bench: _Bench, choice: _TextChoice) -> TextSpec:
-    from sae.corpus import TextSpec
-    from undertow.core.errors import TextError
-
-    provenance = bench.dictionary.provenance
-    if choice.source is not None:
-        return TextSpec.checked({"source": choice.source, "column": choice.column, "chat": choice.chat,
-                                 "context": provenance.context_size}, "--text")
-    recorded = provenance.extra.get("text")
-    if not isinstance(recorded, dict):
-        raise TextError(f"{bench.name} does not say which text it was trained on", "name one with --text")
-    return TextSpec.checked(recorded, f"the SAE {bench.name}")
-
-
 def _table(bench: _Bench, choice: _TextChoice, seed: int) -> ExampleTable:
     """Statistics and examples of every latent; from the cache after the first time."""
     from features.examples import cached_examples
-    from sae.corpus import open_corpus
     from sae.harvesting import harvest
-    from undertow.core.errors import TextError
+    from sae.plan import open_held_out
+    from undertow.cli.progress import Phases
     from undertow.core.storage import cache_dir
 
-    spec = _text_spec(bench, choice)
     subject = bench.subject
-    try:
-        corpus = open_corpus(spec, "held_out", subject.tokenizer, subject.bos_id)
-    except TextError as error:
-        if choice.source is not None:
-            raise
-        raise TextError(f"the text that the SAE was trained on cannot be opened: {error.what}",
-                        f"{error.hint}; or name another with --text".removeprefix("; or ")) from error
-    with _progress(f"reading up to {choice.tokens:,} tokens of {spec.source} with {subject.name}") as report:
-        store = harvest(subject, bench.site, corpus, choice.tokens, cache_dir(), report)
-    with _progress(f"collecting examples of {bench.dictionary.d_sae:,} latents") as report:
-        return cached_examples(bench.dictionary, store, seed, cache_dir(), report)
+    corpus = open_held_out(bench.dictionary.provenance, subject, choice.source, choice.column, choice.chat)
+    with Phases() as phases:
+        reading = f"reading {corpus.spec.source} with {subject.name}"
+        store = harvest(subject, bench.site, corpus, choice.tokens, cache_dir(), lambda d, t: phases(reading, d, t))
+        return cached_examples(bench.dictionary, store, seed, cache_dir(),
+                               lambda d, t: phases(f"examples of {bench.dictionary.d_sae:,} latents", d, t))
 
 
 def _cards(bench: _Bench, table: ExampleTable, latents: list[int]) -> list[FeatureCard]:
@@ -238,31 +215,3 @@ def _write(out: Path, cards: list[FeatureCard], spec: dict[str, object], seed: i
     with create_artifact(out, "feature-cards", run_record(spec, seed)) as folder:
         write_json(folder / "cards.json", [card.to_json() for card in cards])
         write_text(folder / "cards.txt", cards_text(cards, n_contexts=8))
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left on a terminal; elsewhere one line as the work starts; nothing if there is no work."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    screen = Console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=screen, disable=not screen.is_terminal)
-    task = bar.add_task(label, total=None)
-    started = False
-
-    def report(done: int, total: int) -> None:
-        nonlocal started
-        if not started:
-            started = True
-            bar.start()
-            if not screen.is_terminal:
-                screen.print(label, markup=False)
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield report
-    finally:
-        if started:
-            bar.stop()

@@ -25,7 +25,6 @@ from undertow.cli.common import (
 
 if TYPE_CHECKING:
     from sae.plan import Inputs, Plan
-    from sae.sinks import WandbMode
     from sae.spec import RunSpec
 
 app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train, resume, eval, import.")
@@ -114,7 +113,7 @@ def _announce(plan: Plan, spec: RunSpec) -> None:
         markup=False)
 
 
-def _carry_out(spec: RunSpec, inputs: Inputs, out: Path, wandb: WandbMode, json_: bool) -> None:
+def _carry_out(spec: RunSpec, inputs: Inputs, out: Path, wandb: str, json_: bool) -> None:
     from rich.console import Console
 
     from sae.run import LOG, Interrupted, Watch, partial_folder, run
@@ -156,7 +155,7 @@ def evaluate_(
     from sae.evaluation import evaluate
     from sae.formats import check_fits, load
     from sae.harvesting import Source
-    from sae.plan import default_text, open_held_out
+    from sae.plan import open_held_out
     from undertow.cli.progress import Phases
     from undertow.core.errors import DictionaryError
     from undertow.core.storage import cache_dir
@@ -166,14 +165,14 @@ def evaluate_(
     provenance = dictionary.provenance
     if model is None and not provenance.model_name:
         raise DictionaryError(f"{sae} does not say which model it was trained on", "name it with --model")
-    spec = default_text(provenance, text, column, chat)
     subject = load_subject(model or provenance.model_name, device)
     for warning in check_fits(dictionary, subject.name, subject.d_model, site, subject.digest, same_model):
         console().print(warning, style="yellow", markup=False)
     run = provenance.extra.get("run", {})
     began = time.perf_counter()
     with Phases() as phases:
-        source = Source(subject, subject.site(site or provenance.hook_name), open_held_out(spec, subject))
+        source = Source(subject, subject.site(site or provenance.hook_name),
+                        open_held_out(provenance, subject, text, column, chat))
         result = evaluate(dictionary.to(subject.device), source, eval_tokens or int(run.get("eval_tokens", 65_536)),
                           ce_tokens or int(run.get("ce_tokens", 8_192)), cache_dir(), lambda d, t: phases("harvest", d, t))
     _print_figures({"path": sae, **result.summary(), "wall_s": time.perf_counter() - began}, json_)

@@ -95,7 +95,8 @@ def sample(logits: Float[Tensor, "batch vocab"], sampling: Sampling,
     """
     if logits.isnan().any():
         rows = logits.isnan().any(dim=-1).nonzero()[:, 0].tolist()
-        raise NumericsError(f"the logits of sequences {rows} are NaN", "load the model in float32; if it stays, the model is broken")
+        raise NumericsError(f"the logits of sequences {rows} are NaN",
+                            "load the model in float32; if it stays, the model is broken")
     if sampling.temperature == 0:
         return logits.argmax(dim=-1).cpu()
     scores = logits.double().cpu() / sampling.temperature
