@@ -141,7 +141,7 @@ def test_a_wrong_delta_is_refused(llama: Subject) -> None:
     def infinite(x: torch.Tensor, editable: torch.Tensor) -> EditResult:
         return EditResult(torch.full_like(x, float("inf")), torch.ones_like(editable))
 
-    with pytest.raises(EditError, match=r"delta \\(1, 1, 32\\)"), splice(llama, site, broadcastable):
+    with pytest.raises(EditError, match=r"delta \(1, 1, 32\)"), splice(llama, site, broadcastable):
         logits(llama, tokens_of(llama))
     with pytest.raises(NumericsError, match=r"not finite"), splice(llama, site, infinite):
         logits(llama, tokens_of(llama))
