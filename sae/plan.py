@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,10 +87,10 @@ def _median_s(work: Callable[[], Any], times: int) -> float:
         began = time.perf_counter()
         work()
         taken.append(time.perf_counter() - began)
-    return sorted(taken)[len(taken) // 2]
+    return statistics.median(taken)
 
 
-def default_text(provenance: Provenance, source: str | None, column: str | None, chat: bool) -> TextSpec:
+def _chosen_text(provenance: Provenance, source: str | None, column: str | None, chat: bool) -> TextSpec:
     """The text to judge on: the one named, cut as in training, else the one that the SAE was trained on.
 
     Raises TextError if the SAE does not say and none is named.
@@ -108,7 +109,7 @@ def open_held_out(provenance: Provenance, subject: Subject, source: str | None, 
 
     Raises TextError if it cannot be opened; for the SAE's own text it says how to name another.
     """
-    spec = default_text(provenance, source, column, chat)
+    spec = _chosen_text(provenance, source, column, chat)
     try:
         return open_corpus(spec, "held_out", subject.tokenizer, subject.bos_id)
     except TextError as error:

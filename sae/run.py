@@ -148,10 +148,9 @@ def _train(spec: RunSpec, inputs: Inputs, store: ActivationStore, work: Path, wa
         trainer = Trainer.begin(training, store.take(order[:SAMPLE]), str(inputs.subject.device))
     watch.sink.start(training.steps, "training", spec.model_dump(mode="json"), trainer.step_number)
     saved = time.monotonic()
-    for batch in store.batches(training.batch_size, spec.seed, start=trainer.step_number):
-        if trainer.finished:
-            break
-        report = trainer.step(batch)
+    batches = store.batches(training.batch_size, spec.seed, start=trainer.step_number)
+    while not trainer.finished:
+        report = trainer.step(next(batches))
         if trainer.step_number % LOG_EVERY == 0 or trainer.step_number == 1:
             seen = float(trainer.step_number * training.batch_size)
             watch.sink.event(trainer.step_number, {"tokens": seen, **report._asdict()})

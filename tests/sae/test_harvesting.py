@@ -22,7 +22,6 @@ from sae import harvesting
 from sae.corpus import Corpus, TextSpec, TokenBatch, open_corpus
 from sae.harvesting import SHARD_ROWS, harvest, rows_per_pass, store_key
 from sae.store import ActivationStore
-from tests import tiny
 from undertow.core.errors import ArtifactError, NumericsError, StorageError, TextError
 from undertow.subjects import Site, Subject, load_subject, tap
 
@@ -30,19 +29,6 @@ CONTEXT = 32
 ALL = 10**6
 PASS_ROWS = 32  # 1,024 tokens
 SITE = Site(1, "resid_post")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("harvest")
-    tiny.save_subject(made / "llama", "llama")
-    tiny.save_text(made / "text.jsonl", copies=4)
-    return made
-
-
-@pytest.fixture(scope="module")
-def subject(folder: Path) -> Subject:
-    return load_subject(str(folder / "llama"), device="cpu")
 
 
 @pytest.fixture(scope="module")

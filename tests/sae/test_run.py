@@ -58,19 +58,6 @@ class Quiet:
         self.calls.append("close")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("run")
-    tiny.save_subject(made / "llama", "llama")
-    tiny.save_text(made / "text.jsonl", copies=4)
-    return made
-
-
-@pytest.fixture(scope="module")
-def subject(folder: Path) -> Subject:
-    return load_subject(str(folder / "llama"), device="cpu")
-
-
 def spec_of(folder: Path, **changes: Any) -> RunSpec:
     values: dict[str, Any] = {
         "model": str(folder / "llama"), "site": SITE, "tokens": 1500, "eval_tokens": 300, "ce_tokens": 128, "seed": 3,

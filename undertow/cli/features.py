@@ -19,6 +19,7 @@ from undertow.cli.common import (
     console,
     emit,
 )
+from undertow.cli.opening import Place, SaeArgument, SameModelOption, SiteOption, open_place
 
 if TYPE_CHECKING:
     from features.cards import FeatureCard
@@ -28,19 +29,6 @@ if TYPE_CHECKING:
     from undertow.subjects.subject import Subject
 
 app = typer.Typer(no_args_is_help=True, help="The latents of an SAE: show them, search what a text sets off.")
-
-SaeArgument = Annotated[str, typer.Argument(metavar="SAE", help="A folder, or a packaged name such as smollm2/12.")]
-SiteOption = Annotated[str | None, typer.Option("--site", help="Where to read, if the SAE does not say.")]
-SameModelOption = Annotated[bool, typer.Option(
-    "--same-model", help="Take the subject for the model of the SAE although its name differs.")]
-
-
-class _Place(NamedTuple):
-    """What the user said about the subject and the site; None means those that the SAE was trained on."""
-
-    model: str | None
-    site: str | None
-    same_model: bool
 
 
 class _Bench(NamedTuple):
@@ -90,7 +78,7 @@ def show(
         refuse_existing(out)
     dictionary = load(sae)
     chosen = _choose(latents or [], random, seed, dictionary.d_sae)  # refused before the slow part
-    bench = _open(sae, dictionary, _Place(model, site, same_model))
+    bench = _open(sae, dictionary, Place(model, site, same_model))
     table = _table(bench, _TextChoice(text, column, chat, tokens), seed)
     cards = _cards(bench, table, chosen)
     if out is not None:
@@ -129,7 +117,7 @@ def search(
     from undertow.core.storage import cache_dir
 
     began = time.perf_counter()
-    bench = _open(sae, load(sae), _Place(model, site, same_model))
+    bench = _open(sae, load(sae), Place(model, site, same_model))
     table = find_examples(bench.dictionary, cache_dir())
     result = run(Query(bench.subject, bench.site, bench.dictionary, bench.name, table), text, per_token)
     if json_:
@@ -142,20 +130,10 @@ def search(
         console().print(f"\nHow rare these are is not known yet: undertow features show {sae} --random 1", markup=False)
 
 
-def _open(sae: str, dictionary: Dictionary, place: _Place) -> _Bench:
+def _open(sae: str, dictionary: Dictionary, place: Place) -> _Bench:
     from features.codes import dictionary_name
-    from sae.formats import check_fits
-    from undertow.core.errors import DictionaryError
-    from undertow.subjects.load import load_subject
 
-    model, site = place.model or dictionary.provenance.model_name, place.site or dictionary.provenance.hook_name
-    for value, meaning, option in ((model, "model", "--model"), (site, "site", "--site")):
-        if not value:
-            raise DictionaryError(f"{sae} does not say which {meaning} it was trained on", f"name it with {option}")
-    subject = load_subject(model)
-    for warning in check_fits(dictionary, subject.name, subject.d_model, site, subject.digest, place.same_model):
-        console().print(warning, style="yellow", markup=False)
-    return _Bench(dictionary, subject, subject.site(site), dictionary_name(sae, dictionary))
+    return _Bench(dictionary, *open_place(sae, dictionary, place), dictionary_name(sae, dictionary))
 
 
 def _choose(latents: list[int], n_random: int, seed: int, d_sae: int) -> list[int]:

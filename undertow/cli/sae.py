@@ -22,6 +22,7 @@ from undertow.cli.common import (
     console,
     emit,
 )
+from undertow.cli.opening import Place, SaeArgument, SameModelOption, SiteOption, open_place
 
 if TYPE_CHECKING:
     from sae.plan import Inputs, Plan
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train, resume, eval, import.")
 
-SaeArgument = Annotated[str, typer.Argument(metavar="SAE", help="An SAE: a folder, or a packaged name such as smollm2/12.")]
-SameModelOption = Annotated[bool, typer.Option("--same-model",
-                                               help="Take --model for the SAE's model under another name.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto (CUDA if there is one).")]
 WandbOption = Annotated[Literal["disabled", "offline", "online"], typer.Option("--wandb", help="Log to Weights & Biases.")]
 
@@ -138,7 +136,7 @@ def _carry_out(spec: RunSpec, inputs: Inputs, out: Path, wandb: str, json_: bool
 def evaluate_(
     sae: SaeArgument,
     model: OptionalModelOption = None,
-    site: Annotated[str | None, typer.Option("--site", help="The SAE's own, if absent.")] = None,
+    site: SiteOption = None,
     text: OptionalTextOption = None,
     column: ColumnOption = None,
     chat: ChatOption = False,
@@ -153,26 +151,19 @@ def evaluate_(
     Without options this repeats the measurement of the SAE's card.
     """
     from sae.evaluation import evaluate
-    from sae.formats import check_fits, load
+    from sae.formats import load
     from sae.harvesting import Source
     from sae.plan import open_held_out
     from undertow.cli.progress import Phases
-    from undertow.core.errors import DictionaryError
     from undertow.core.storage import cache_dir
-    from undertow.subjects.load import load_subject
 
     dictionary = load(sae)
+    subject, place = open_place(sae, dictionary, Place(model, site, same_model), device)
     provenance = dictionary.provenance
-    if model is None and not provenance.model_name:
-        raise DictionaryError(f"{sae} does not say which model it was trained on", "name it with --model")
-    subject = load_subject(model or provenance.model_name, device)
-    for warning in check_fits(dictionary, subject.name, subject.d_model, site, subject.digest, same_model):
-        console().print(warning, style="yellow", markup=False)
     run = provenance.extra.get("run", {})
     began = time.perf_counter()
     with Phases() as phases:
-        source = Source(subject, subject.site(site or provenance.hook_name),
-                        open_held_out(provenance, subject, text, column, chat))
+        source = Source(subject, place, open_held_out(provenance, subject, text, column, chat))
         result = evaluate(dictionary.to(subject.device), source, eval_tokens or int(run.get("eval_tokens", 65_536)),
                           ce_tokens or int(run.get("ce_tokens", 8_192)), cache_dir(), lambda d, t: phases("harvest", d, t))
     _print_figures({"path": sae, **result.summary(), "wall_s": time.perf_counter() - began}, json_)
