@@ -1,4 +1,4 @@
-"""Text sources: a file, a folder, a fetched corpus or a Hugging Face data set, read one document at a time.
+"""Text sources: a file, a folder, a fetched corpus, the packaged world, a Hugging Face data set; one document at a time.
 
     from sae.text import read_documents
     for document in read_documents("notes/", column=None): ...
@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "held_out"]
 FETCHED = ("brown",)
 ARTIFACT_KIND = "text"
-RESERVED = ("keeper",)
+WORLD = "keeper"
+WORLD_STORIES = 10_000
+WORLD_SEED = 20_000  # apart from the seeds that the packaged organisms are trained and judged on
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 DEFAULT_COLUMNS = ("text", "messages", "conversations")
 LONG_CHARS = 20_000  # a .txt file longer than this is cut into passages
@@ -44,8 +46,8 @@ class TextSpec(Spec):
     """What text to read and how to cut it.
 
     Attributes:
-        source: a file or folder (.txt, .jsonl, .jsonl.gz, .parquet), a fetched corpus ("brown"), or a Hugging Face
-            data set (its "train" split).
+        source: a file or folder (.txt, .jsonl, .jsonl.gz, .parquet), a fetched corpus ("brown"), the Keeper's world
+            ("keeper", or "keeper:5000" for so many stories), or a Hugging Face data set (its "train" split).
         column: column or key of the text; None takes the first of text, messages, conversations.
         chat: render every document by the tokenizer's chat template.
         context: tokens in a row, position 0 included.
@@ -176,9 +178,8 @@ def as_chat(document: Document) -> tuple[Message, ...]:
 
 
 def _open(source: str, column: str | None) -> Iterator[Document]:
-    if source in RESERVED:
-        raise TextError(f"the packaged world {source!r} is not in this version",
-                        f"give a file, a folder, {' or '.join(FETCHED)}; a folder of that name: ./{source}")
+    if source == WORLD or source.startswith(f"{WORLD}:"):
+        return _world(source)
     if source in FETCHED:
         return _jsonl(_fetched(source), column, source)
     path = Path(source).expanduser()
@@ -189,6 +190,17 @@ def _open(source: str, column: str | None) -> Iterator[Document]:
     if path.is_absolute() or source.startswith((".", "~")) or source.endswith(SUFFIXES) or source.count("/") > 1:
         raise TextError(f"there is no text file or folder {source!r}", _near_path(path))
     return _hub(source, column)
+
+
+def _world(source: str) -> Iterator[Document]:
+    from undertow.subjects.keeper.world import load_world
+
+    _, colon, count = source.partition(":")
+    if colon and not (count.isascii() and count.isdigit() and int(count) > 0):
+        raise TextError(f"{source!r}: {count!r} is not a number of stories", f"type {WORLD}:5000, or {WORLD} for {WORLD_STORIES:,}")
+    world = load_world()
+    return (Document(f"{WORLD}:{index}", world.story(WORLD_SEED, index).text)
+            for index in range(int(count) if colon else WORLD_STORIES))
 
 
 def _fetched(name: str) -> Path:

@@ -250,7 +250,15 @@ def test_missing_things(tmp_path: Path) -> None:
     assert ".parquet" in refused(tmp_path / "table.csv").hint
     (tmp_path / "empty").mkdir()
     assert "holds no .txt" in refused(tmp_path / "empty").what
-    assert "not in this version" in refused("keeper").what
+    assert "'many' is not a number of stories" in refused("keeper:many").what
+    assert "'0' is not a number of stories" in refused("keeper:0").what
+
+
+def test_the_packaged_world() -> None:
+    documents = list(read_documents("keeper:30", None))
+    assert [document.id for document in documents] == [f"keeper:{i}" for i in range(30)]
+    assert len({document.text for document in documents}) == 30
+    assert documents[:7] == list(read_documents("keeper:7", None))
 
 
 @pytest.mark.parametrize(("name", "content"), [
