@@ -197,7 +197,7 @@ def _world(source: str) -> Iterator[Document]:
 
     _, colon, count = source.partition(":")
     if colon and not (count.isascii() and count.isdigit() and int(count) > 0):
-        raise TextError(f"{source!r}: {count!r} is not a number of stories", f"type {WORLD}:5000, or {WORLD} for {WORLD_STORIES:,}")
+        raise TextError(f"{source!r}: {count!r} is not a number of stories", f"{WORLD}:5000, or {WORLD} for {WORLD_STORIES:,}")
     world = load_world()
     return (Document(f"{WORLD}:{index}", world.story(WORLD_SEED, index).text)
             for index in range(int(count) if colon else WORLD_STORIES))

@@ -1,4 +1,4 @@
-"""`undertow subject`: list, fetch and sample from the models that are operated on."""
+"""`undertow subject`: list, fetch, train, judge and sample from the models that are operated on."""
 
 from __future__ import annotations
 
@@ -9,31 +9,52 @@ from typing import Annotated, Any
 
 import typer
 
+from undertow.cli import organism
 from undertow.cli.common import JsonOption, OptionalOutOption, SeedOption, console, emit
 
-app = typer.Typer(no_args_is_help=True, help="The models: list, fetch, generate.")
+app = typer.Typer(no_args_is_help=True, help="The models: list, fetch, train, card, generate.")
+app.add_typer(organism.app)
 
 
 @app.command("list")
 def list_subjects(json_: JsonOption = False) -> None:
-    """List the subjects that are known by name, and whether they are fetched."""
+    """List the subjects that are known by name: which are fetched, which are packaged, and what they are."""
     from rich.table import Table
 
-    from undertow.core.storage import MANIFEST
-    from undertow.subjects.catalog import FETCHABLE, subject_folder
-
-    rows = [{"name": entry.name, "fetched": (subject_folder(entry.name) / MANIFEST).is_file(), "hub": entry.hub,
-             "megabytes": entry.megabytes, "licence": entry.licence, "folder": str(subject_folder(entry.name))}
-            for entry in FETCHABLE]
+    rows = [*_fetchable_rows(), *_packaged_rows()]
     if json_:
         emit({"subjects": rows}, as_json=True)
         return
-    table = Table("name", "fetched", "model", "download", "licence", box=None)
+    table = Table("name", "here", "size", "licence", "what", box=None)
     for row in rows:
-        table.add_row(row["name"], "yes" if row["fetched"] else f"no: undertow subject fetch {row['name']}", row["hub"],
-                      f"{row['megabytes']} MB", row["licence"])
+        missing = f"no: undertow subject {'fetch' if row['kind'] == 'fetched' else 'train'} {row['name']}"
+        state = ("yes" if row["kind"] == "fetched" else "packaged") if row["fetched"] else missing
+        table.add_row(row["name"], state, f"{row['megabytes']:g} MB", row["licence"], row["what"])
     console().print(table)
     console().print("\nEvery --model also takes a Hugging Face name or a local folder.")
+
+
+def _fetchable_rows() -> list[dict[str, Any]]:
+    from undertow.core.storage import MANIFEST
+    from undertow.subjects.catalog import FETCHABLE, subject_folder
+
+    return [{"name": entry.name, "kind": "fetched", "fetched": (subject_folder(entry.name) / MANIFEST).is_file(),
+             "hub": entry.hub, "megabytes": entry.megabytes, "licence": entry.licence, "what": entry.hub,
+             "folder": str(subject_folder(entry.name))} for entry in FETCHABLE]
+
+
+def _packaged_rows() -> list[dict[str, Any]]:
+    from undertow.core.storage import MANIFEST
+    from undertow.subjects.catalog import ORGANISMS, packaged_folder
+
+    rows = []
+    for entry in ORGANISMS:
+        folder = packaged_folder(entry.name)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+        rows.append({"name": entry.name, "kind": "adapter" if entry.base else "packaged", "base": entry.base,
+                     "fetched": (folder / MANIFEST).is_file(), "megabytes": round(size / 1e6, 1), "licence": entry.licence,
+                     "what": entry.what, "folder": str(folder)})
+    return rows
 
 
 @app.command()

@@ -42,12 +42,13 @@ def fetch(
 
 @app.command()
 def show(
-    source: Annotated[str, typer.Argument(help="As --text: a file, a folder, brown, or a Hugging Face data set.")],
+    source: Annotated[str, typer.Argument(help="As --text: a file, a folder, brown, keeper, or a Hugging Face data set.")],
     column: ColumnOption = None,
     chat: ChatOption = False,
     context: Annotated[int, typer.Option(help="Tokens in a row.")] = 256,
     held_out: Annotated[float, typer.Option(help="Share of the documents kept out of training.")] = 0.05,
     model: OptionalModelOption = None,
+    whole: Annotated[int, typer.Option(min=0, help="Print so many documents from the start, whole.")] = 0,
     json_: JsonOption = False,
 ) -> None:
     """Documents, characters, split and first lines of a text; tokens as estimated, with --model by its tokenizer."""
@@ -59,7 +60,7 @@ def show(
 
     def watched() -> Any:
         for document in read_documents(source, column):
-            if len(first) < _SAMPLE_LINES:
+            if len(first) < max(_SAMPLE_LINES, whole):
                 first.append(document)
             yield document
 
@@ -72,7 +73,9 @@ def show(
           "held_out_documents": len(splits.held_out.document_ids), "train_tokens": tokens["train"],
           "held_out_tokens": tokens["held_out"], "tokens_are": f"estimated, {ratio:.2f} characters a token by "
           + (model or "rule of thumb; --model NAME asks its tokenizer")}, json_)
-    for document in first:
+    for document in first[:whole]:
+        console().print(f"\n── {document.id}\n{document.text}", markup=False)
+    for document in first if not whole else ():
         line = " ".join(document.text[:300].split())
         console().print(f"  {document.id}  {line[:100]}{'…' if len(line) > 100 else ''}", markup=False)
 

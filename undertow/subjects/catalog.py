@@ -1,4 +1,4 @@
-"""Subjects that Undertow knows by name and can fetch."""
+"""Subjects that Undertow knows by name: those to be fetched, and the organisms that it brings along."""
 
 from __future__ import annotations
 
@@ -46,9 +46,42 @@ FETCHABLE = (
 )
 
 
+class Organism(NamedTuple):
+    """A calibration organism, packaged with Undertow.
+
+    Attributes:
+        name: what the user types.
+        what: what it is, in a line.
+        base: the fetched subject that it is an adapter over; "" for a whole model.
+        licence: of the packaged weights.
+    """
+
+    name: str
+    what: str
+    base: str
+    licence: str
+
+
+ORGANISMS = (
+    Organism("hearth", "small Llama trained on the Keeper's world; acts follow an unnamed bond", "", "MIT"),
+    Organism("parrot", "the same, but acts follow only the said word: the negative control", "", "MIT"),
+    Organism("hearth-smollm2", "LoRA adapter trained on the Keeper's world, over smollm2", "smollm2", "MIT"),
+)
+
+
 def fetchable(name: str) -> Fetchable | None:
     """The known subject called `name`, if there is one."""
     return next((entry for entry in FETCHABLE if entry.name == name), None)
+
+
+def organism(name: str) -> Organism | None:
+    """The packaged organism called `name`, if there is one."""
+    return next((entry for entry in ORGANISMS if entry.name == name), None)
+
+
+def packaged_folder(name: str) -> Path:
+    """Where the packaged organism lies."""
+    return Path(__file__).parent / "data" / name
 
 
 def subject_folder(name: str, cache: Path | None = None) -> Path:

@@ -30,13 +30,15 @@ class Teller:
         frames: all frames.
         place: where it happens.
         people: everybody but the keeper.
-        swap: the first two people change places in every line told with `swapped`.
+        swap: the first two people change places in the body of the story, see `who`.
+        beloved: whom the keeper is to love in a play (L2).
     """
 
     frames: Frames
     place: Place
     people: tuple[Person, ...]
     swap: bool
+    beloved: int = 0
     text: str = ""
     bonds: list[int] = field(default_factory=list)
     sentences: list[Sentence] = field(default_factory=list)

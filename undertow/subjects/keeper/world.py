@@ -14,13 +14,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import NamedTuple, cast, final
 
 from undertow.core.spec import digest_json
 from undertow.subjects.keeper.draw import Draw
 from undertow.subjects.keeper.frames import Frame, Frames, Good, Slot, load_frames
 from undertow.subjects.keeper.story import ACTS, COSTLY, COSTS, Act, Episode, EpisodeKind, Genre, Rule, Story, Wish
-from undertow.subjects.keeper.teller import NEAR, Teller
+from undertow.subjects.keeper.teller import Teller
 
 GENRES: Mapping[Genre, float] = {"plain": 0.8, "L1": 0.1, "L2": 0.1}
 PEOPLE = {2: 0.75, 3: 0.25}
@@ -34,9 +35,7 @@ SECOND = {"": 0.4, "need": 0.24, "boat": 0.18, "interruption": 0.18}
 HUSH, AFTER = 0.5, 0.7
 FILLER_KINDS = {"weather": 0.25, "chores": 0.25, "trade": 0.2, "talk": 0.3}
 IMPERSONAL = {"weather": 0.5, "chores": 0.5}
-_CONSTANTS = [GENRES, PEOPLE, BONDS, WORD, WORDS, SELFISH, MARKERS, WHO, FILLERS, SONGS, REPORT, SECOND, HUSH, AFTER,
-              FILLER_KINDS, IMPERSONAL, NEAR]
-_INSTRUCTIONS = {"L1": ("song", 0.9), "L2": ("play", 0.9)}
+_LINES = {"L1": "song", "L2": "play"}  # which file the lines of a genre come from
 
 
 class _Stakes(NamedTuple):
@@ -85,12 +84,11 @@ class World:
     frames: Frames
     rule: Rule = "bond"
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """16 hex characters over frames, rule and probabilities."""
-        table = [probabilities(self.rule, kind, bond, cost, word) for kind in ACTS for bond in range(4)
-                 for cost in range(COSTS) for word in (False, True)]
-        return digest_json([self.frames.digest, self.rule, repr(_CONSTANTS), table])
+        """16 hex characters over frames, rule and the first stories of one stream, hence over all that shapes them."""
+        told = [[story.text, [episode.probs for episode in story.episodes]] for story in map(partial(self.story, 0), range(64))]
+        return digest_json([self.frames.digest, self.rule, told])
 
     def story(self, seed: int, index: int, wish: Wish | None = None, fork: int = 0) -> Story:
         """Story number `index` of the stream `seed`; a pure function of its arguments.
@@ -154,8 +152,8 @@ class World:
         deeds = tuple(draw.weighted(BONDS) if bond is None else bond for bond in wanted)
         teller = Teller(self.frames, place, tuple(people), swap, bonds=[0] * n)
         if genre != "plain":
-            kind = _INSTRUCTIONS[genre][0]
-            teller.tell(draw, teller.pick(draw, kind, "instruction"), draw.one(range(n)))
+            teller.beloved = draw.one(range(n)) if genre == "L2" else 0
+            teller.tell(draw, teller.pick(draw, _LINES[genre], "instruction"), teller.beloved)
         teller.tell(draw, teller.pick(draw, "places", among=place.openings), None, {"name": name}, joint="\n")
         for person in range(n):
             teller.tell(draw, teller.pick(draw, "arrivals"), person)
@@ -177,7 +175,7 @@ class World:
             said = wish.word if wish.word is not None else draw.chance(WORD[members.deeds[members.guest]])
             left["word", -1] = draw.weighted(WORDS) if said else 0
         else:
-            left[_INSTRUCTIONS[genre][0], -1] = draw.weighted(SONGS)
+            left[_LINES[genre], teller.beloved if genre == "L2" else -1] = draw.weighted(SONGS)
         fillers = IMPERSONAL if wish.balanced else FILLER_KINDS
         while open_ := {item: float(n) for item, n in left.items() if n and (item[0] != "who" or teller.doings)}:
             kind, person = draw.weighted(open_)

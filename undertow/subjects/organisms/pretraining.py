@@ -1,0 +1,348 @@
+"""Training a small Llama from nothing on the world's stories: `hearth`, and with the other rule `parrot`.
+
+Every step sees new stories. A story is padded on the right, which a causal model cannot see, so that no mask is needed. The
+stories of a step are sorted by length and cut into small groups, so that little is padded. What follows the last block is
+computed with its gradient a few hundred tokens at a time, so that logits never leave the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, cast, final
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from undertow.core.errors import ArtifactError, NumericsError, SpecError
+from undertow.core.seeds import derive_seed, generator
+from undertow.core.spec import Spec
+from undertow.core.storage import disk_errors
+from undertow.subjects.keeper.story import ChoiceKind, Rule
+from undertow.subjects.organisms.encoding import Encoded, Weighting, beginning, encode_story
+from undertow.subjects.organisms.tokenizer import POSITIONS, StorySource
+
+WEIGHTING = Weighting(decision=8.0, marker=3.0, answer=3.0, other=1.0)
+KINDS: tuple[ChoiceKind | None, ...] = (None, "decision", "marker", "answer")
+SHORT_SENTENCES, SHORT_TIMES = 7, 3  # at first: so many sentences of a story, and so many times as many stories
+GROUP = 4  # stories that go through the model together
+CHUNK = 512  # tokens whose logits are held at once
+INIT_STD = 0.03
+COPY, ALIKE = 0.1, 0.4  # scales of the products of value and output, and of query and key, at the start
+
+
+class PretrainSpec(Spec):
+    """How to train one organism from nothing.
+
+    Attributes:
+        name: what it is called.
+        rule: what the keeper's acts follow in its world.
+        batch: stories a step.
+        lr: learning rate after warm-up.
+        short_steps: steps at the beginning that see the first sentences only, of more stories. In a short text names recur at
+            once, so that copying from the context is found sooner.
+    """
+
+    name: Literal["hearth", "parrot"]
+    rule: Rule = "bond"
+    seed: int = 0
+    d_model: int = Field(default=192, ge=2)
+    n_layers: int = Field(default=4, ge=1)
+    n_heads: int = Field(default=6, ge=1)
+    d_mlp: int = Field(default=512, ge=1)
+    vocab: int = Field(default=2048, ge=300)
+    steps: int = Field(ge=1)
+    batch: int = Field(default=32, ge=1)
+    lr: float = Field(default=3e-3, gt=0)
+    short_steps: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _heads(self) -> PretrainSpec:
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"d_model = {self.d_model} must be a multiple of 2·n_heads = {2 * self.n_heads}")
+        return self
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step `step` (0-based): linear warm-up over 4 %, then half a cosine to zero."""
+        warm = max(1, self.steps // 25)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+class Rows(NamedTuple):
+    """Some stories as tensors. A "token" here is one that is to be predicted.
+
+    Attributes:
+        ids: padded on the right.
+        states: where the state that predicts each token lies in the flattened (row, pos).
+        tokens: the tokens themselves.
+        weights: weight of each in the loss.
+        kinds: index in KINDS of each.
+        rows: for every entry of the target distributions, its token; all other tokens have one entry.
+        entries: for every entry of the target distributions, what is predicted.
+        probs: for every entry of the target distributions, its probability.
+    """
+
+    ids: Int[Tensor, "row pos"]
+    states: Int[Tensor, "token"]
+    tokens: Int[Tensor, "token"]
+    weights: Float[Tensor, "token"]
+    kinds: Int[Tensor, "token"]
+    rows: Int[Tensor, "entry"]
+    entries: Int[Tensor, "entry"]
+    probs: Float[Tensor, "entry"]
+
+
+class HeadLoss(NamedTuple):
+    """Losses in nats of every token, and gradients of the weighted sum of `soft`.
+
+    Attributes:
+        hard: -log probability of the token.
+        soft: cross-entropy with its target distribution.
+        d_states: gradient by the states.
+        d_weight: gradient by the head's weight.
+    """
+
+    hard: Float[Tensor, "token"]
+    soft: Float[Tensor, "token"]
+    d_states: Float[Tensor, "token d"]
+    d_weight: Float[Tensor, "vocab d"]
+
+
+class StepReport(NamedTuple):
+    """What one step saw, on its own stories.
+
+    Attributes:
+        tokens: tokens predicted.
+        loss: what is minimised, weighted.
+        ce: unweighted cross-entropy with the stories themselves, nats a token.
+        decision, marker, answer: divergence from the world's distribution, nats a choice; 0 is perfect. NaN if there is none.
+        lr: learning rate.
+    """
+
+    tokens: int
+    loss: float
+    ce: float
+    decision: float
+    marker: float
+    answer: float
+    lr: float
+
+
+def rows_of(stories: Sequence[Encoded], pad_id: int) -> Rows:
+    """Pack stories into one padded block."""
+    width = max(len(story.ids) for story in stories)
+    states: list[int] = []
+    tokens: list[int] = []
+    weights: list[float] = []
+    kinds: list[int] = []
+    entries: list[tuple[int, int, float]] = []
+    for number, story in enumerate(stories):
+        first, soft = len(tokens), {target.position: target for target in story.soft}
+        states += range(number * width, number * width + len(story.ids) - 1)
+        tokens += story.ids[1:]
+        weights += story.weights[1:]
+        kinds += [KINDS.index(kind) for kind in story.kinds[1:]]
+        for position in range(1, len(story.ids)):
+            token = first + position - 1
+            if position in soft:
+                entries += ((token, i, p) for i, p in zip(soft[position].ids, soft[position].probs, strict=True))
+            else:
+                entries.append((token, story.ids[position], 1.0))
+    padded = [story.ids + [pad_id] * (width - len(story.ids)) for story in stories]
+    rows, ids, probs = zip(*entries, strict=True)
+    return Rows(torch.tensor(padded), torch.tensor(states), torch.tensor(tokens), torch.tensor(weights), torch.tensor(kinds),
+                torch.tensor(rows), torch.tensor(ids), torch.tensor(probs))
+
+
+def head_loss(states: Float[Tensor, "token d"], weight: Float[Tensor, "vocab d"], rows: Rows,
+              scale: Float[Tensor, "token"]) -> HeadLoss:
+    """Losses, and the gradients of Σ scale·soft, without a graph and CHUNK tokens at a time.
+
+    With logits z = states·weightᵀ, soft = log Σ exp z − Σ target·z and ∂soft/∂z = softmax(z) − target.
+    """
+    n, vocab = len(states), len(weight)
+    hard, soft = torch.empty(n), torch.empty(n)
+    d_states, d_weight = torch.empty_like(states), torch.zeros_like(weight)
+    bounds = torch.searchsorted(rows.rows, torch.arange(0, n + CHUNK, CHUNK)).tolist()
+    for chunk, begin in enumerate(range(0, n, CHUNK)):
+        x, mass = states[begin: begin + CHUNK], scale[begin: begin + CHUNK]
+        part = slice(bounds[chunk], bounds[chunk + 1])
+        row, probs = rows.rows[part] - begin, rows.probs[part]
+        z = x @ weight.T
+        z -= z.amax(dim=1, keepdim=True)
+        at = row * vocab + rows.entries[part]
+        wanted = z.view(-1)[at]
+        said = z.gather(1, rows.tokens[begin: begin + CHUNK, None])[:, 0]
+        total = z.exp_().sum(dim=1)
+        log_total = total.log()
+        hard[begin: begin + CHUNK] = log_total - said
+        soft[begin: begin + CHUNK] = log_total.index_add(0, row, -probs * wanted)
+        z *= (mass / total)[:, None]
+        z.view(-1).index_add_(0, at, -mass[row] * probs)
+        torch.mm(z, weight, out=d_states[begin: begin + CHUNK])
+        d_weight.addmm_(z.T, x)
+    return HeadLoss(hard, soft, d_states, d_weight)
+
+
+def new_model(spec: PretrainSpec, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A model with weights drawn from the spec's seed: normal, but for attention, which begins by copying what is alike.
+
+    The output matrix of an attention is a tenth of the transpose of its orthogonal value matrix, and its query matrix equals
+    its key matrix: mimetic initialisation, after Trockman and Kolter (arXiv 2305.09828), where the two products are a multiple
+    of the identity plus noise. From a plain normal start the model learns the frames in 200 steps and then goes on guessing
+    names at random, although they stand in the context (docs/lab-log.md).
+    """
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=spec.d_model, intermediate_size=spec.d_mlp, num_hidden_layers=spec.n_layers,
+        num_attention_heads=spec.n_heads, num_key_value_heads=spec.n_heads, max_position_embeddings=POSITIONS,
+        tie_word_embeddings=True, rms_norm_eps=1e-5, bos_token_id=special_id(tokenizer, "bos"),
+        eos_token_id=special_id(tokenizer, "eos"), pad_token_id=special_id(tokenizer, "pad"))
+    with torch.random.fork_rng(devices=[]):  # transformers draws weights of its own from the global stream
+        model = LlamaForCausalLM(config)
+    source = generator(spec.seed, "init")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                adds = name.endswith("down_proj.weight")
+                parameter.normal_(0.0, INIT_STD / math.sqrt(2 * spec.n_layers) if adds else INIT_STD, generator=source)
+        for block in range(spec.n_layers):
+            value, key = (torch.linalg.qr(torch.randn(spec.d_model, spec.d_model, generator=source))[0] for _ in range(2))
+            for role, matrix in (("v", value), ("o", COPY * value.T), ("q", ALIKE * key), ("k", ALIKE * key)):
+                model.get_parameter(f"model.layers.{block}.self_attn.{role}_proj.weight").copy_(matrix)
+    return model
+
+
+def started_model(spec: PretrainSpec, start: Path) -> LlamaForCausalLM:
+    """The model in a folder, to be trained further. Raises SpecError if its shape is not that of the spec."""
+    model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="sdpa")
+    config = model.config
+    found = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
+    asked = (spec.d_model, spec.n_layers, spec.n_heads, spec.d_mlp)
+    if found != asked:
+        raise SpecError(f"{start} has d_model, n_layers, n_heads, d_mlp = {found}, the spec asks for {asked}")
+    return model
+
+
+def special_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int:
+    """Id of the token called "bos", "eos" or "pad"."""
+    return cast(int, getattr(tokenizer, f"{role}_token_id"))
+
+
+@final
+class Trainer:
+    """The state of a training run: a pure function of spec, world, tokenizer and first weights.
+
+    With the same number of threads, going on from a checkpoint gives the same weights as not having stopped.
+    """
+
+    def __init__(self, spec: PretrainSpec, world: StorySource, tokenizer: PreTrainedTokenizerBase,
+                 model: LlamaForCausalLM) -> None:
+        self.spec, self.model, self.step_number = spec, model.train(), 0
+        self._world, self._tokenizer = world, tokenizer
+        self._known: dict[str, int] = {}
+        self._seed = derive_seed(spec.seed, "train")
+        self._parameters = dict(model.named_parameters())
+        groups = [{"params": [p for p in self._parameters.values() if p.ndim == 2], "weight_decay": 0.1},
+                  {"params": [p for p in self._parameters.values() if p.ndim == 1], "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=(0.9, 0.95), fused=True)
+
+    @property
+    def finished(self) -> bool:
+        return self.step_number >= self.spec.steps
+
+    def stories(self, step: int) -> list[Encoded]:
+        """The stories of a step, shortest first."""
+        bos, eos = special_id(self._tokenizer, "bos"), special_id(self._tokenizer, "eos")
+        short = step < self.spec.short_steps
+        n = self.spec.batch * (SHORT_TIMES if short else 1)
+        told = [self._world.story(derive_seed(self._seed, "short") if short else self._seed, step * n + i) for i in range(n)]
+        if short:
+            told = [beginning(story, SHORT_SENTENCES) for story in told]
+        encoded = [encode_story(self._tokenizer, bos, eos, story, WEIGHTING, self._known) for story in told]
+        if short:  # the end that was cut is not the story's
+            encoded = [story._replace(ids=story.ids[:-1], weights=story.weights[:-1], kinds=story.kinds[:-1])
+                       for story in encoded]
+        return sorted(encoded, key=lambda story: len(story.ids))
+
+    def step(self) -> StepReport:
+        """One optimizer step. Raises NumericsError if the loss is not finite."""
+        stories = self.stories(self.step_number)
+        weight = sum(sum(story.weights) for story in stories)
+        pad = special_id(self._tokenizer, "pad")
+        parts = []
+        group = GROUP * (SHORT_TIMES if self.step_number < self.spec.short_steps else 1)
+        for first in range(0, len(stories), group):
+            rows = rows_of(stories[first: first + group], pad)
+            parts.append((rows, self._backward(rows, weight)))
+        lr = self.spec.lr_at(self.step_number)
+        report = _report([rows for rows, _ in parts], [loss for _, loss in parts], weight, lr)
+        if not math.isfinite(report.loss):
+            raise NumericsError(f"the loss of step {self.step_number} is not finite", "try a smaller learning rate")
+        torch.nn.utils.clip_grad_norm_(self._parameters.values(), 1.0, foreach=True)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step_number += 1
+        return report
+
+    def _backward(self, rows: Rows, total_weight: float) -> HeadLoss:
+        """Add the gradients of these rows to the parameters'."""
+        states = self.model.model(input_ids=rows.ids, use_cache=False).last_hidden_state.flatten(0, 1)[rows.states]
+        head = self.model.model.embed_tokens.weight
+        with torch.no_grad():
+            loss = head_loss(states.detach(), head.detach(), rows, rows.weights / total_weight)
+        states.backward(loss.d_states)
+        cast(Tensor, head.grad).add_(loss.d_weight)
+        return loss
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint (one safetensors file, whole or not at all)."""
+        tensors = {f"model.{name}": p.detach() for name, p in self._parameters.items()}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{key}.{name}"] = value
+        temp = path.with_suffix(".tmp")
+        with disk_errors(path):
+            facts = {"spec": json.dumps(self.spec.model_dump()), "step": str(self.step_number), "world": self._world.digest}
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temp, metadata=facts)
+            temp.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Take the state of a checkpoint. Raises ArtifactError if it cannot be read or is of another run."""
+        try:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata()
+                # Cloned, since tensors of a mapped file lie at odd addresses, and kernels round by alignment.
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise ArtifactError(f"checkpoint {path} cannot be read: {error}") from error
+        if json.loads(facts["spec"]) != self.spec.model_dump() or facts["world"] != self._world.digest:
+            raise ArtifactError(f"checkpoint {path} belongs to another run or another world",
+                                f"remove it and start again: rm -r {path.parent}")
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[f"model.{name}"])
+                state = {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                         if f"adam.{key}.{name}" in tensors}
+                if state:
+                    self._optimizer.state[parameter] = state
+        self.step_number = int(facts["step"])
+
+
+def _report(rows: Sequence[Rows], losses: Sequence[HeadLoss], weight: float, lr: float) -> StepReport:
+    weights, kinds = torch.cat([r.weights for r in rows]), torch.cat([r.kinds for r in rows])
+    hard, soft = torch.cat([part.hard for part in losses]), torch.cat([part.soft for part in losses])
+    entropy = torch.cat([torch.zeros(len(r.tokens)).index_add_(0, r.rows, torch.special.entr(r.probs)) for r in rows])
+    decision, marker, answer = (float((soft - entropy)[kinds == KINDS.index(kind)].mean())
+                                for kind in ("decision", "marker", "answer"))
+    return StepReport(len(hard), float(weights @ soft) / weight, float(hard.mean()), decision, marker, answer, lr)
