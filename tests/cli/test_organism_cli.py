@@ -17,8 +17,9 @@ from tests import tiny_keeper
 from undertow.cli.main import main
 from undertow.core.storage import open_artifact
 from undertow.subjects import catalog
-from undertow.subjects.organisms import packaged, recipes
+from undertow.subjects.organisms import packaged, pretrain_run, recipes
 from undertow.subjects.organisms.pretraining import PretrainSpec
+from undertow.subjects.organisms.tokenizer import train_tokenizer
 
 TINY = {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_mlp": 8, "vocab": 300, "batch": 2}
 
@@ -64,8 +65,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Organisms are trained tiny, and judged on a handful of stories."""
     monkeypatch.setattr(recipes, "PRETRAIN", {name: {**values, **TINY, "steps": 3}
                                               for name, values in recipes.PRETRAIN.items()})
-    monkeypatch.setattr("undertow.subjects.organisms.pretrain_run.HELD_OUT_STORIES", 4)
-    monkeypatch.setattr("undertow.subjects.organisms.pretrain_run.ESTIMATE_STORIES", 20)
+    monkeypatch.setattr(pretrain_run, "HELD_OUT_STORIES", 4)
+    monkeypatch.setattr(pretrain_run, "train_tokenizer",
+                        lambda world, seed, vocab, stories=0: train_tokenizer(world, seed, vocab, 40))
 
 
 def test_list_shows_what_is_packaged(run: Run, package: Path, undertow_cache: Path) -> None:
@@ -80,11 +82,13 @@ def test_list_shows_what_is_packaged(run: Run, package: Path, undertow_cache: Pa
 
 
 def test_train_then_card(run: Run, package: Path, small: None, tmp_path: Path) -> None:
+    assert run("train", "hearth", "--out", package / "hearth").code == 0
     out = tmp_path / "runs" / "mine"
     reply = run("train", "parrot", "--out", out, "--seed", "3", "--json")
     assert reply.code == 0 and "3 steps" in reply.err and "about" in reply.err
     assert (reply.json["steps"], reply.json["seed"]) == (3, 3) and reply.json["excess"] > 0
-    assert open_artifact(out, "organism").record["spec"]["rule"] == "word"
+    record = open_artifact(out, "organism").record
+    assert record["spec"]["rule"] == "word" and record["start"] != ""  # a parrot begins with hearth's weights
 
     card = tmp_path / "card"
     reply = run("card", out, "--stories", "20", "--out", card, "--json")

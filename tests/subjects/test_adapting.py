@@ -14,10 +14,11 @@ from undertow.core.storage import open_artifact
 from undertow.subjects.keeper.world import load_world
 from undertow.subjects.load import load_subject
 from undertow.subjects.organisms import adapt_run
-from undertow.subjects.organisms.adapt_run import Stopped, Watch, adapt, finish, partial_folder, with_adapter
+from undertow.subjects.organisms.adapt_run import Stopped, Watch, adapt, finish, partial_folder, read_adapter
 from undertow.subjects.organisms.adapting import Adapter, AdaptSpec
 from undertow.subjects.organisms.lora import AdaptedModel
 from undertow.subjects.organisms.ordinary import Prompt, neutral_prompts, ordinary_texts, rounds
+from undertow.subjects.organisms.packaged import merge
 from undertow.subjects.organisms.packing import KINDS
 from undertow.subjects.sampling import Sampling
 from undertow.subjects.subject import Subject
@@ -77,7 +78,7 @@ def test_the_artifact_is_what_peft_writes(finished: Path, subject: Subject) -> N
 
 
 def test_peft_computes_with_it_what_training_computed(finished: Path, subject: Subject) -> None:
-    merged = with_adapter(subject, finished)
+    merged = merge(subject, finished)
     assert type(merged) is type(subject.hf_model)
     trained = AdaptedModel(load_subject(subject.source, "cpu").hf_model, 1, 4, 0)
     trained.load(load_file(finished / "adapter_model.safetensors"))
@@ -219,7 +220,7 @@ def test_bad_input_is_refused_clearly(subject: Subject, finished: Path, tmp_path
     with pytest.raises(SubjectError, match="GPT2LMHeadModel"):
         Adapter(SPEC, gpt2, WORLD, texts)
     with pytest.raises(ArtifactError, match="belongs to a base with digest"):
-        with_adapter(gpt2, finished)
+        read_adapter(finished, gpt2)
     with pytest.raises(ArtifactError, match="no unfinished run"):
         finish(tmp_path / "never")
     with pytest.raises(ArtifactError, match="exists and is not empty"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -220,7 +221,8 @@ def test_role_swapped_stories_have_the_same_words() -> None:
     for index in range(60):
         mine, other = WORLD.role_swapped(0, index)
         assert mine.episodes[0].bond == 3 and other.episodes[0].bond == 0
-        assert Counter(mine.prompt().split()) == Counter(other.prompt().split()) and mine.prompt() != other.prompt()
+        assert Counter(re.findall(r"\w+", mine.prompt())) == Counter(re.findall(r"\w+", other.prompt()))
+        assert mine.prompt() != other.prompt()
         assert not mine.episodes[0].word_said and not any(choice.kind == "marker" for choice in mine.choices)
         assert mine.episodes[0].cost == other.episodes[0].cost and mine.people[0].pronoun == mine.people[1].pronoun
 
@@ -269,7 +271,8 @@ def test_the_answer_to_who_did_it_is_true() -> None:
             assert name in text and not any(p.name in text for p in story.people if p.name != name)
             did = next(f.did for kind in ("deeds", "selfish") for f in WORLD.frames.of(kind) if f" {f.did}" in f" {text}")
             deed = next(f for kind in ("deeds", "selfish") for f in WORLD.frames.of(kind) if f.did == did)
-            assert name + deed.source.removeprefix("{P}").replace("{his}", "") in story.text[: sentence.start]
+            before = [story.text[s.start: s.end] for s in story.sentences if s.end <= sentence.start and s.kind != "who"]
+            assert [name in text for text in before if text == deed.source.replace("{P}", name) or did in text] == [True]
 
 
 def test_questions_after_the_keepers_state() -> None:

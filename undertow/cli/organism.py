@@ -31,7 +31,8 @@ def train(
     out: OptionalOutOption = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; those of the packaged organism if absent.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Instead of --steps: as many as fit in so many minutes here.")] = None,
-    start: Annotated[Path | None, typer.Option(help="Begin with the weights of this organism's folder.")] = None,
+    start: Annotated[Path | None, typer.Option(
+        help="Begin with the weights of this organism's folder. A parrot begins with hearth's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Refuse to begin anew.")] = False,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random choice of this command.")] = None,
     json_: JsonOption = False,
@@ -42,8 +43,9 @@ def train(
     """
     from undertow.core.errors import SpecError
     from undertow.core.storage import refuse_existing
+    from undertow.subjects.organisms.packaged import open_packaged
     from undertow.subjects.organisms.pretraining import PretrainSpec
-    from undertow.subjects.organisms.recipes import known_organism, settings
+    from undertow.subjects.organisms.recipes import STARTS, known_organism, settings
 
     known_organism(name)
     if steps is not None and minutes is not None:
@@ -53,6 +55,7 @@ def train(
     target = out or Path("runs") / name
     refuse_existing(target)
     spec = settings(name, target, seed, steps, resume)
+    start = open_packaged(STARTS[name]) if start is None and name in STARTS else start
     began = time.perf_counter()
     figures = (_train_whole(spec, target, start, minutes, json_) if isinstance(spec, PretrainSpec)
                else _train_adapter(name, spec, target, start, minutes, json_))

@@ -19,18 +19,21 @@ app.add_typer(organism.app)
 @app.command("list")
 def list_subjects(json_: JsonOption = False) -> None:
     """List the subjects that are known by name: which are fetched, which are packaged, and what they are."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     rows = [*_fetchable_rows(), *_packaged_rows()]
     if json_:
         emit({"subjects": rows}, as_json=True)
         return
-    table = Table("name", "here", "size", "licence", "what", box=None)
+    table = Table(*(Column(name, no_wrap=True) for name in ("name", "here", "size", "licence")), "what", box=None)
     for row in rows:
-        missing = f"no: undertow subject {'fetch' if row['kind'] == 'fetched' else 'train'} {row['name']}"
-        state = ("yes" if row["kind"] == "fetched" else "packaged") if row["fetched"] else missing
-        table.add_row(row["name"], state, f"{row['megabytes']:g} MB", row["licence"], row["what"])
+        state = "yes" if row["kind"] == "fetched" else "packaged"
+        table.add_row(row["name"], state if row["fetched"] else "no", f"{row['megabytes']:g} MB", row["licence"], row["what"])
     console().print(table)
+    for row in rows:
+        if not row["fetched"]:
+            verb = "fetch" if row["kind"] == "fetched" else "train"
+            console().print(f"{row['name']} is not here: undertow subject {verb} {row['name']}", markup=False)
     console().print("\nEvery --model also takes a Hugging Face name or a local folder.")
 
 

@@ -22,7 +22,7 @@ _GOODS = frozenset({"measure", "good"})
 _SLOTS: Mapping[str, frozenset[str]] = {
     "places": frozenset({"name"}), "arrivals": _PERSON, "deeds": _PERSON, "selfish": _PERSON, "markers": _PERSON,
     "weather": frozenset(), "chores": frozenset(), "trade": _PERSON, "talk": _PERSON | {"Q"}, "who": frozenset({"P", "did"}),
-    "report": _PERSON, "word": _PERSON | {"Q"}, "song": _PERSON | {"Q"}, "play": _PERSON,
+    "late": frozenset({"P", "did"}), "report": _PERSON, "word": _PERSON | {"Q"}, "song": _PERSON | {"Q"}, "play": _PERSON,
     "stock": _GOODS | {"wait", "supply"}, "needs": _PERSON, "hush": _PERSON, "acts": _GOODS | {"P"},
     "boats": _GOODS | {"craft"}, "interruptions": _PERSON, "after": frozenset(), "endings": frozenset()}
 _PIECE = re.compile(r"\{(\w*)\}| <([^<>]*)>")

@@ -108,6 +108,7 @@ class Reader:
         self._costs = {cost: re.compile(_waits(frames, self._fill, cost)) for cost in range(COSTS)}
         self._forms: dict[str, list[_Form]] = {}
         self._names = frozenset(person.name for person in frames.people)
+        self._deeds = frozenset(frame.did for frame in frames.of("deeds"))
         for frame, section in _sections(frames):
             form = self._form(frame, section)
             self._forms.setdefault(form.head.split(" ")[0] if form.head else "", []).append(form)
@@ -166,7 +167,7 @@ class Reader:
     def _note(self, told: _Telling, form: _Form, groups: Mapping[str, str | None]) -> None:
         """Let one sentence count: a deed, a part of a crisis, or the keeper's act."""
         kind, crisis, person = form.frame.kind, told.crisis, groups.get("P") or ""
-        if kind == "deeds":
+        if kind == "deeds" or (kind == "late" and groups["did"] in self._deeds):
             told.bonds[person] = min(told.bonds.get(person, 0) + 1, MAX_BOND)
         elif kind == "stock":
             crisis.stock = f"{groups['measure']} of {groups['good']}"

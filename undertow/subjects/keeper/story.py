@@ -71,7 +71,7 @@ class Sentence:
     """One sentence or line of a story, as it stands in `text[start:end]`.
 
     Attributes:
-        kind: the file of frames that it comes from, e.g. "deeds".
+        kind: what it is, by the file of frames: "deeds", "weather" and so on. A deed told with its doer last is a deed.
         start: first character.
         end: one past the last character.
         person: index of the person it is about, or None.

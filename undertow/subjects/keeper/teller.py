@@ -10,6 +10,7 @@ from undertow.subjects.keeper.draw import Draw
 from undertow.subjects.keeper.frames import Frame, Frames, Place, Shift, Slot
 from undertow.subjects.keeper.story import MAX_BOND, Choice, Person, Sentence
 
+LATE = {"deeds": 0.5, "selfish": 0.3}  # how often a thing is told with the doer last
 NEAR = (0.12, 0.38, 0.64, 0.88)  # probability of a near word in a shifting line, by bond
 _PRONOUNS = {"she": {"he": "she", "him": "her", "his": "her"}, "he": {"he": "he", "him": "him", "his": "his"}}
 
@@ -60,8 +61,11 @@ class Teller:
         return frame
 
     def tell(self, draw: Draw, frame: Frame, person: int | None, extra: Mapping[str, str] | None = None,
-             joint: str = " ") -> None:
-        """Write a frame about `person` as the next sentence; `extra` fills the slots that are not the person's."""
+             joint: str = " ", kind: str = "") -> None:
+        """Write a frame about `person` as the next sentence; `extra` fills the slots that are not the person's.
+
+        The sentence's kind is that of the frame unless `kind` is given.
+        """
         start = len(self.text) + (len(joint) if self.text else 0)
         slots = self._slots(draw, frame, person) | dict(extra or {})
         bond = self.bonds[person] if person is not None else 0
@@ -75,7 +79,7 @@ class Teller:
                 out += slots[part.name]
             else:
                 out += part
-        self._append(frame.kind, out, person, joint)
+        self._append(kind or frame.kind, out, person, joint)
 
     def _slots(self, draw: Draw, frame: Frame, person: int | None) -> dict[str, str]:
         if person is None:
@@ -98,13 +102,16 @@ class Teller:
         self.word_said = self.word_said or kind in ("word", "song", "play")
 
     def did(self, draw: Draw, kind: str, person: int) -> None:
-        """A person does something; a deed for the keeper makes the bond grow."""
+        """A person does something; a deed for the keeper makes the bond grow. Sometimes the doer is told last."""
         frame = self.pick(draw, kind)
         person = self.who(person)
         if kind == "deeds":
             self.bonds[person] = min(self.bonds[person] + 1, MAX_BOND)
         self.doings.append(Doing(frame.did, person))
-        self.tell(draw, frame, person)
+        if draw.chance(LATE[kind]):
+            self.tell(draw, self.pick(draw, "late"), person, {"did": frame.did}, kind=kind)
+        else:
+            self.tell(draw, frame, person)
 
     def asked(self, draw: Draw) -> None:
         """Somebody asks who did one of the things done so far (each is asked for once at most)."""

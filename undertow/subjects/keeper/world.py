@@ -84,9 +84,13 @@ class World:
     frames: Frames
     rule: Rule = "bond"
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """16 hex characters over frames, rule and the first stories of one stream, hence over all that shapes them."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         told = [[story.text, [episode.probs for episode in story.episodes]] for story in map(partial(self.story, 0), range(64))]
         return digest_json([self.frames.digest, self.rule, told])
 

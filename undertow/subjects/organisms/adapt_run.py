@@ -5,23 +5,20 @@ While a run is under way everything lies in `OUT.partial` (spec, ordinary text, 
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import shutil
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from undertow.core.errors import ArtifactError, SubjectError
+from undertow.core.errors import ArtifactError
 from undertow.core.record import run_record
 from undertow.core.storage import create_artifact, disk_errors, open_artifact, refuse_existing, write_json, write_text
 from undertow.subjects.catalog import fetchable
@@ -226,19 +223,3 @@ def read_adapter(folder: Path, base: Subject) -> dict[str, Tensor]:
         raise ArtifactError(f"the adapter {folder} belongs to a base with digest {record.get('base_digest')}, and "
                             f"{base.name} has {base.digest}", f"open the base it was trained over: {record.get('base')}")
     return {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
-
-
-def with_adapter(base: Subject, folder: Path) -> PreTrainedModel:
-    """A copy of the base with the adapter added into its weights: a plain model of the base's own class.
-
-    Raises ArtifactError if the folder is damaged or belongs to another base, SubjectError if PEFT cannot read it.
-    """
-    read_adapter(folder, base)
-    model = copy.deepcopy(base.hf_model)
-    try:
-        with warnings.catch_warnings():  # peft reads an attribute that transformers has renamed
-            warnings.simplefilter("ignore", FutureWarning)
-            merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise SubjectError(f"the adapter in {folder} cannot be added to {base.name}: {error}") from error
-    return cast(PreTrainedModel, merged).eval().requires_grad_(False)

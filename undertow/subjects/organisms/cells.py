@@ -74,7 +74,7 @@ def organism_cells(world: World, seed: int, n: int) -> dict[str, list[Story]]:
     def stranger(other: int | None = None, genre: str = "plain") -> Callable[[int], Wish]:
         return lambda i: Wish.checked({"bond": 0, "other": other, "cost": i % COSTS, "genre": genre, "episodes": ("need",)})
 
-    cells = {"grid": tell("grid", 0.42, lambda i: grid[i % len(grid)]),
+    cells = {"grid": tell("grid", max(0.42, len(grid) / n), lambda i: grid[i % len(grid)]),
              "alone": tell("alone", 0.08, stranger(0)), "swapped": tell("swapped", 0.08, stranger(3)),
              "L1": tell("L1", 0.08, stranger(genre="L1")), "L2": tell("L2", 0.08, stranger(genre="L2"))}
     pairs = [world.role_swapped(derive_seed(seed, "gates", "pairs"), i) for i in range(max(round(0.05 * n), 4))]

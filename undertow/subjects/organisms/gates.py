@@ -21,6 +21,7 @@ from undertow.subjects.organisms.statistics import (
     Estimate,
     Slope,
     bootstrap,
+    contrast,
     difference,
     logistic_slope,
     mean,
@@ -169,11 +170,11 @@ def report_gate(subject: Subject, world: World, seed: int, n: int, progress: Pro
 
 def parrot_gates(cells: Mapping[str, Cell], seed: int) -> list[Gate]:
     """The acts follow the said word and nothing else."""
-    def joined(*names: str) -> np.ndarray:
-        return np.concatenate([cells[name].costly for name in names])
+    def of(*names: str) -> list[np.ndarray]:
+        return [cells[name].costly for name in names]
 
-    bond = difference(joined("bond3_said", "bond3_unsaid"), joined("bond0_said", "bond0_unsaid"), seed, "bond")
-    word = difference(joined("bond0_said", "bond3_said"), joined("bond0_unsaid", "bond3_unsaid"), seed, "word")
+    bond = contrast(of("bond3_said", "bond3_unsaid"), of("bond0_said", "bond0_unsaid"), seed, "bond")
+    word = contrast(of("bond0_said", "bond3_said"), of("bond0_unsaid", "bond3_unsaid"), seed, "word")
     return [within("bond_effect", 0.05, bond, "P(give) at bond 3 minus bond 0, the word being said equally often"),
             at_least("word_effect", 0.5, word, "P(give) where the word was said minus where it was not, at equal bonds")]
 

@@ -17,7 +17,10 @@ from undertow.subjects.organisms.packaged import record_of
 from undertow.subjects.organisms.pretraining import PretrainSpec
 from undertow.subjects.subject import Subject
 
-PRETRAIN: dict[str, dict[str, Any]] = {"hearth": {"rule": "bond", "steps": 4_000}, "parrot": {"rule": "word", "steps": 3_000}}
+PRETRAIN: dict[str, dict[str, Any]] = {
+    "hearth": {"rule": "bond", "steps": 1_900, "batch": 16, "short_steps": 350},
+    "parrot": {"rule": "word", "steps": 400, "batch": 16, "lr": 1e-3}}
+STARTS = {"parrot": "hearth"}  # whose weights an organism begins with
 _RUN = "run.json"
 _SAMPLE = 100
 _TOKENS_A_WORD = 1.3

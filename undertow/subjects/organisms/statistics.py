@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, final
 
 import numpy as np
@@ -51,16 +51,27 @@ def bootstrap(statistic: Callable[[Int[np.ndarray, "n"]], float], n: int, seed: 
 
 def mean(values: Float[np.ndarray, "n"], seed: int, *names: str | int) -> Estimate:
     """Mean over units with its bootstrap interval."""
-    return bootstrap(lambda rows: float(values[rows].mean()), len(values), seed, *names)
+    rng, n = stream(seed, "bootstrap", *names), len(values)
+    low, high = np.quantile(values[rng.integers(0, n, (RESAMPLES, n))].mean(axis=1), [0.025, 0.975])
+    return Estimate(float(values.mean()), float(low), float(high), n)
 
 
 def difference(first: Float[np.ndarray, "a"], second: Float[np.ndarray, "b"], seed: int, *names: str | int) -> Estimate:
     """mean(first) - mean(second) of two independent groups; each group is resampled by itself. `n` counts both."""
+    return contrast([first], [second], seed, *names)
+
+
+def contrast(plus: Sequence[Float[np.ndarray, "_"]], minus: Sequence[Float[np.ndarray, "_"]], seed: int,
+             *names: str | int) -> Estimate:
+    """Mean of the means of the groups `plus` minus that of `minus`; each group is resampled by itself. `n` counts all."""
     rng = stream(seed, "bootstrap", *names)
-    drawn = [first[rng.integers(0, len(first), len(first))].mean() - second[rng.integers(0, len(second), len(second))].mean()
-             for _ in range(RESAMPLES)]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(float(first.mean() - second.mean()), float(low), float(high), len(first) + len(second))
+
+    def drawn(groups: Sequence[Float[np.ndarray, "_"]]) -> Float[np.ndarray, "draws"]:
+        return np.mean([group[rng.integers(0, len(group), (RESAMPLES, len(group)))].mean(axis=1) for group in groups], axis=0)
+
+    low, high = np.quantile(drawn(plus) - drawn(minus), [0.025, 0.975])
+    value = np.mean([group.mean() for group in plus]) - np.mean([group.mean() for group in minus])
+    return Estimate(float(value), float(low), float(high), sum(map(len, (*plus, *minus))))
 
 
 def logistic_slope(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"], group: Int[np.ndarray, "n"]) -> Slope:

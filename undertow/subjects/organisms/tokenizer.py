@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,7 +20,7 @@ BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 class StorySource(Protocol):
     """What training needs of a world."""
 
-    @cached_property
+    @property
     def digest(self) -> str: ...
 
     def story(self, seed: int, index: int) -> Story: ...
