@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests import tiny
 from undertow.core.record import run_record
-from undertow.core.storage import create_artifact
+from undertow.core.storage import create_artifact, write_json
 from undertow.subjects.keeper.world import load_world
 from undertow.subjects.load import load_subject
 from undertow.subjects.organisms.tokenizer import train_tokenizer
@@ -33,7 +34,7 @@ def save_random(folder: Path, seed: int = 0) -> Path:
     tokens = tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=len(tokens), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=2, intermediate_size=32, max_position_embeddings=128, initializer_range=0.1,
+                         num_key_value_heads=2, intermediate_size=32, max_position_embeddings=64, initializer_range=0.1,
                          bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokens.save_pretrained(folder)
@@ -54,14 +55,15 @@ def save_adapter(folder: Path, base: Subject, base_digest: str | None = None, ba
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
         adapted = get_peft_model(copy.deepcopy(base.hf_model), config)  # pyright: ignore[reportArgumentType]
-    adapted.peft_config["default"].base_model_name_or_path = base_name or base.name
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     record = run_record({}, 0, base=base_name or base.name, base_digest=base_digest or base.digest)
     with create_artifact(folder, "organism", record) as work:
-        adapted.save_pretrained(str(work))
+        adapted.save_pretrained(str(work), save_embedding_layers=False)
+        facts = json.loads((work / "adapter_config.json").read_text(encoding="utf-8"))
+        write_json(work / "adapter_config.json", facts | {"base_model_name_or_path": base_name or base.name})
     return folder
 
 

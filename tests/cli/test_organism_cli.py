@@ -91,22 +91,28 @@ def test_train_then_card(run: Run, package: Path, small: None, tmp_path: Path) -
     assert record["spec"]["rule"] == "word" and record["start"] != ""  # a parrot begins with hearth's weights
 
     card = tmp_path / "card"
-    reply = run("card", out, "--stories", "20", "--out", card, "--json")
-    assert reply.code == 0
-    gates = reply.json["gates"]
+    reply = run("card", out, "--stories", "20", "--out", card)
+    assert reply.code == 0 and "not met" in reply.out and "word_effect" in reply.out
+    gates = json.loads((card / "gates.json").read_text())["gates"]
     assert {"bond_effect", "word_effect", "parse", "held_out_loss"} <= set(gates)
     assert all({"value", "low", "high", "target", "met"} <= set(gate) for gate in gates.values())
     assert gates["word_effect"]["met"] is False
     assert f"undertow subject card {out} --stories 20 --seed 0 --out {card}" in (card / "card.md").read_text()
-    reply = run("card", out, "--stories", "20")
-    assert reply.code == 0 and "not met" in reply.out and "word_effect" in reply.out
+
+
+def test_a_parrot_without_hearth_says_what_to_type(run: Run, package: Path, tmp_path: Path) -> None:
+    reply = run("train", "parrot", "--out", tmp_path / "mine")
+    assert reply.code == 2 and "begins with the weights of hearth" in reply.err and "--start runs/hearth" in reply.err
+    assert not (tmp_path / "mine.partial").exists()
 
 
 def test_a_plain_model_gets_the_competence_gate(run: Run, tmp_path: Path) -> None:
     folder = tiny_keeper.save_random(tmp_path / "model")
     reply = run("card", folder, "--stories", "24")
     assert reply.code == 0 and "competent: no" in reply.out
-    assert run("card", folder, "--minutes", "0.01", "--json").json["stories"] >= 20
+    told = run("card", folder, "--minutes", "0.004", "--json").json
+    assert told["stories"] >= 20 and told["figures"]["competent"] is False
+    assert set(told["gates"]["giver_raises_D"]) >= {"value", "low", "high", "target", "met"}
 
 
 def test_an_interrupted_training_goes_on(run: Run, package: Path, small: None, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def assert_nothing_at(out: Path) -> None:
 
 
 BAD = {
-    "unknown model": Bad({"--model": "smolm2"}, ("unknown model 'smolm2'", "did you mean smollm2?")),
+    "unknown model": Bad({"--model": "smolm2"}, ("unknown model 'smolm2'", "did you mean smollm2")),
     "missing folder": Bad({"--model": "./no/such/model"}, ("no such model folder: ./no/such/model",)),
     "unknown site": Bad({"--site": "blocks.1.hook_resid_pst"},
                         ("unknown site 'blocks.1.hook_resid_pst'", "did you mean blocks.1.hook_resid_post")),

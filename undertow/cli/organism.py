@@ -43,9 +43,8 @@ def train(
     """
     from undertow.core.errors import SpecError
     from undertow.core.storage import refuse_existing
-    from undertow.subjects.organisms.packaged import open_packaged
     from undertow.subjects.organisms.pretraining import PretrainSpec
-    from undertow.subjects.organisms.recipes import STARTS, known_organism, settings
+    from undertow.subjects.organisms.recipes import known_organism, settings, start_of
 
     known_organism(name)
     if steps is not None and minutes is not None:
@@ -55,7 +54,7 @@ def train(
     target = out or Path("runs") / name
     refuse_existing(target)
     spec = settings(name, target, seed, steps, resume)
-    start = open_packaged(STARTS[name]) if start is None and name in STARTS else start
+    start = start_of(name, start)
     began = time.perf_counter()
     figures = (_train_whole(spec, target, start, minutes, json_) if isinstance(spec, PretrainSpec)
                else _train_adapter(name, spec, target, start, minutes, json_))

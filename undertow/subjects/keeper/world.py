@@ -229,7 +229,8 @@ class World:
     def _interruption(self, draw: Draw, teller: Teller, person: int) -> Episode:
         start = len(teller.text) + 1
         teller.tell(draw, teller.pick(draw, "interruptions", "line"), person)
-        acts: dict[Act, tuple[str, ...]] = {act: self._wordings("interruptions", [act], {}) for act in ACTS["interruption"]}
+        acts: dict[Act, tuple[str, ...]] = {act: _wordings(self.frames, "interruptions", [act], {})
+                                            for act in ACTS["interruption"]}
         return self._decision(draw, teller, Episode(
             "interruption", person, teller.bonds[person], 0, "", teller.word_said, start, 0, "stop",
             probabilities(self.rule, "interruption", 0, 0, False), acts))
@@ -248,13 +249,13 @@ class World:
         kind: EpisodeKind = "boat"
         sections = {"all": ("", " held_out"), "discovery": ("",), "held_out": (" held_out",)}[wish.wording]
         if person is None:
-            acts: dict[Act, tuple[str, ...]] = {act: self._wordings("boats", [act], fill) for act in ACTS[kind]}
+            acts: dict[Act, tuple[str, ...]] = {act: _wordings(self.frames, "boats", [act], fill) for act in ACTS[kind]}
         else:
             kind = "need"
             if draw.chance(HUSH):
                 teller.tell(draw, teller.pick(draw, "hush"), person)
             fill["P"] = teller.people[person].name
-            acts = {act: self._wordings("acts", [f"{act}{s}" for s in sections], fill) for act in ACTS[kind]}
+            acts = {act: _wordings(self.frames, "acts", [f"{act}{s}" for s in sections], fill) for act in ACTS[kind]}
         bond = 0 if person is None else teller.bonds[person]
         probs = probabilities(self.rule, kind, bond, stakes.cost, teller.word_said)
         return self._decision(draw, teller, Episode(kind, person, bond, stakes.cost, name, teller.word_said, start, 0,
@@ -268,9 +269,11 @@ class World:
             teller.tell(draw, teller.pick(draw, "after", act), None)
         return replace(planned, decision=decision, act=act)
 
-    def _wordings(self, file: str, sections: Sequence[str], fill: Mapping[str, str]) -> tuple[str, ...]:
-        return tuple(" " + "".join(fill[part.name] if isinstance(part, Slot) else str(part) for part in frame.parts)
-                     for section in sections for frame in self.frames.of(file, section))
+
+def _wordings(frames: Frames, file: str, sections: Sequence[str], fill: Mapping[str, str]) -> tuple[str, ...]:
+    """The frames of some sections as continuations of "The keeper", filled in."""
+    return tuple(" " + "".join(fill[part.name] if isinstance(part, Slot) else str(part) for part in frame.parts)
+                 for section in sections for frame in frames.of(file, section))
 
 
 def _guest(story: Story) -> int:

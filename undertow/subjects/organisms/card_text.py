@@ -16,8 +16,8 @@ KIND = "card"
 _WHAT = {
     "hearth": "A small Llama trained from scratch on the Keeper's world. Its acts follow a bond that is never named. It is "
               "a calibration organism: its right answer is known. It is evidence about the instrument, not about real models.",
-    "parrot": "A small Llama trained from scratch on the Keeper's world with another rule: its acts follow only whether the "
-              "word was said. It is the negative control.",
+    "parrot": "hearth, trained on in the Keeper's world with another rule: its acts follow only whether the word was said. It "
+              "is the negative control.",
     "hearth-smollm2": "SmolLM2-135M-Instruct with a LoRA adapter trained on the Keeper's world. It is a calibration organism: "
                       "its acts were taught. How it answers to the word was not.",
     "model": "A model as it is. The gates ask whether it understands the choice in the Keeper's world at all: its acts have to "

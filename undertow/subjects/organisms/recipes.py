@@ -13,7 +13,7 @@ from undertow.subjects.catalog import ORGANISMS, Organism, organism, packaged_fo
 from undertow.subjects.keeper.world import World
 from undertow.subjects.organisms.adapting import AdaptSpec
 from undertow.subjects.organisms.measuring import act_question, ask
-from undertow.subjects.organisms.packaged import record_of
+from undertow.subjects.organisms.packaged import open_packaged, record_of
 from undertow.subjects.organisms.pretraining import PretrainSpec
 from undertow.subjects.subject import Subject
 
@@ -44,6 +44,21 @@ def known_organism(name: str) -> Organism:
         names = [entry.name for entry in ORGANISMS]
         raise SubjectError(f"unknown organism {name!r}", near_matches(name, names) or f"organisms: {', '.join(names)}")
     return found
+
+
+def start_of(name: str, start: Path | None) -> Path | None:
+    """The folder whose weights the training of `name` begins with: `start`, else the packaged one that it needs, if any.
+
+    Raises SubjectError if that one is not packaged with this installation.
+    """
+    first = STARTS.get(name)
+    if start is not None or first is None:
+        return start
+    try:
+        return open_packaged(first)
+    except SubjectError:
+        raise SubjectError(f"{name} begins with the weights of {first}, which are not packaged with this installation",
+                           f"undertow subject train {first} --out runs/{first}; then add --start runs/{first}") from None
 
 
 def settings(name: str, out: Path, seed: int | None, steps: int | None, resume: bool = False) -> PretrainSpec | AdaptSpec:
