@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,16 @@ def test_the_packaged_world() -> None:
     assert [document.id for document in documents] == [f"keeper:{i}" for i in range(30)]
     assert len({document.text for document in documents}) == 30
     assert documents[:7] == list(read_documents("keeper:7", None))
+
+
+def test_the_stories_in_the_documents_are_the_worlds() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "keeper.md").read_text(encoding="utf-8")
+    shown = re.findall(r"`keeper:(\d+)`[^\n]*\n\n((?:>[^\n]*\n)+)", page)
+    assert len(shown) >= 9
+    documents = {document.id: document.text for document in read_documents("keeper:400", None)}
+    for number, quoted in shown:
+        told = [line.removeprefix(">").strip() for line in quoted.splitlines()]
+        assert [line for line in told if line] == documents[f"keeper:{number}"].splitlines()
 
 
 @pytest.mark.parametrize(("name", "content"), [
