@@ -25,11 +25,12 @@ from undertow.subjects.catalog import fetchable
 from undertow.subjects.organisms.adapting import Adapter, AdaptSpec, Step, read_checkpoint
 from undertow.subjects.organisms.lora import TARGETS
 from undertow.subjects.organisms.ordinary import ordinary_texts
+from undertow.subjects.organisms.packaged import KIND
 from undertow.subjects.organisms.packing import Teller
+from undertow.subjects.organisms.pretrain_run import Stopped, partial_folder
 from undertow.subjects.subject import Subject
 
 log = logging.getLogger(__name__)
-KIND = "organism"
 RUN, ORDINARY, CHECKPOINT, LOG = "run.json", "ordinary.json", "checkpoint.safetensors", "log.jsonl"
 WEIGHTS = "adapter_model.safetensors"
 CHECKPOINT_EVERY_S = 180.0
@@ -37,24 +38,11 @@ PROBE_EVERY = 100
 LOG_LINES = 400
 
 
-class Stopped(Exception):
-    """The run was asked to stop; what it had is saved in `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(f"stopped; what there is lies in {folder}")
-        self.folder = folder
-
-
 class Watch(NamedTuple):
     """What a run shows and heeds: `progress` is called with (steps done, of how many); `should_stop` after every step."""
 
     progress: Callable[[int, int], None] = lambda _done, _total: None
     should_stop: Callable[[], bool] = lambda: False
-
-
-def partial_folder(out: Path) -> Path:
-    """Where a run keeps what it has until it is finished."""
-    return out.with_name(f"{out.name}.partial")
 
 
 def adapt(spec: AdaptSpec, base: Subject, teller: Teller, out: Path, start: Path | None = None,

@@ -22,6 +22,7 @@ from undertow.core.record import run_record
 from undertow.core.seeds import derive_seed
 from undertow.core.storage import create_artifact, disk_errors, open_artifact, refuse_existing, write_json, write_text
 from undertow.subjects.organisms.encoding import encode_story
+from undertow.subjects.organisms.packaged import KIND
 from undertow.subjects.organisms.pretraining import (
     GROUP,
     WEIGHTING,
@@ -36,7 +37,6 @@ from undertow.subjects.organisms.pretraining import (
 )
 from undertow.subjects.organisms.tokenizer import StorySource, train_tokenizer
 
-KIND = "organism"
 SPEC_FILE, CHECKPOINT, LOG, TOKENIZER = "run.json", "checkpoint.safetensors", "log.jsonl", "tokenizer"
 CHECKPOINT_EVERY_S = 60.0
 LOG_EVERY = 10
