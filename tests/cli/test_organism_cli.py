@@ -7,14 +7,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 from tests import tiny_keeper
-from undertow.cli.main import main
+from tests.cli.answers import Run, runner
 from undertow.core.storage import open_artifact
 from undertow.subjects import catalog
 from undertow.subjects.organisms import packaged, pretrain_run, recipes
@@ -24,30 +22,9 @@ from undertow.subjects.organisms.tokenizer import train_tokenizer
 TINY = {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_mlp": 8, "vocab": 300, "batch": 2}
 
 
-class Reply(NamedTuple):
-    """What a command gave back."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """The last line of standard output."""
-        return json.loads(self.out.splitlines()[-1])
-
-
-Run = Callable[..., Reply]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: str | Path) -> Reply:
-        capsys.readouterr()
-        code = main(["subject", *(str(word) for word in words)])
-        return Reply(code, *capsys.readouterr())
-
-    return call
+    return runner(capsys, "subject")
 
 
 @pytest.fixture

@@ -10,15 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests import tiny
+from tests.cli.answers import Answer, Run, runner
 from undertow.cli.main import main
 
 SITE = "blocks.1.hook_resid_post"
@@ -29,30 +30,9 @@ ROOT = Path(__file__).parents[2]
 GPT2_TOKENIZER = ROOT.parent / "shared" / "data" / "gpt2-tokenizer"
 
 
-class Answer(NamedTuple):
-    """What a command gave back."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """The last line of standard output."""
-        return json.loads(self.out.splitlines()[-1])
-
-
-Run = Callable[..., Answer]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: str | Path) -> Answer:
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        return Answer(code, *capsys.readouterr())
-
-    return call
+    return runner(capsys)
 
 
 @pytest.fixture(scope="module")

@@ -117,8 +117,7 @@ class World:
         told = self.story(seed, index, wish)
         guest = told.people[_guest(told)].name
         question = Draw(f"{seed}/{index}/report").one(self.frames.of("report", "question"))
-        asked = "".join(guest if isinstance(part, Slot) else str(part) for part in question.parts)
-        return (f"{told.text[: told.episodes[0].start]}{asked}",
+        return (f"{told.text[: told.episodes[0].start]}{_filled(question, {'P': guest})}",
                 tuple(f" {frame.source}" for frame in self.frames.of("report", "answer")))
 
     def opening(self, seed: int, index: int, genre: Genre) -> tuple[str, str]:
@@ -270,10 +269,14 @@ class World:
         return replace(planned, decision=decision, act=act)
 
 
+def _filled(frame: Frame, fill: Mapping[str, str]) -> str:
+    """A frame without shifting words, its slots filled."""
+    return "".join(fill[part.name] if isinstance(part, Slot) else str(part) for part in frame.parts)
+
+
 def _wordings(frames: Frames, file: str, sections: Sequence[str], fill: Mapping[str, str]) -> tuple[str, ...]:
     """The frames of some sections as continuations of "The keeper", filled in."""
-    return tuple(" " + "".join(fill[part.name] if isinstance(part, Slot) else str(part) for part in frame.parts)
-                 for section in sections for frame in frames.of(file, section))
+    return tuple(f" {_filled(frame, fill)}" for section in sections for frame in frames.of(file, section))
 
 
 def _guest(story: Story) -> int:
