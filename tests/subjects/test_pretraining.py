@@ -22,7 +22,7 @@ from undertow.subjects.keeper.story import Choice, Story
 from undertow.subjects.keeper.world import World, load_world
 from undertow.subjects.load import load_subject
 from undertow.subjects.organisms import pretrain_run, pretraining
-from undertow.subjects.organisms.encoding import Encoded, Soft
+from undertow.subjects.organisms.encoding import Encoded, Soft, essentials
 from undertow.subjects.organisms.pretrain_run import (
     KIND,
     Stopped,
@@ -38,6 +38,7 @@ from undertow.subjects.organisms.pretrain_run import (
 )
 from undertow.subjects.organisms.pretraining import PretrainSpec, Rows, StepReport, Trainer, head_loss, new_model, rows_of
 from undertow.subjects.organisms.tokenizer import train_tokenizer
+from undertow.subjects.organisms.wiring import held
 
 QUIET = Watch(lambda _phase, _done, _total: None, lambda: False)
 
@@ -167,7 +168,10 @@ def test_a_step_is_that_of_plain_autograd(monkeypatch: pytest.MonkeyPatch) -> No
     trainer.step()
     wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     assert kept.keys() == wanted.keys() == named.keys()
+    masks = held(plain)
     for name, gradient in wanted.items():
+        if name in masks:
+            gradient.masked_fill_(masks[name], 0.0)
         torch.testing.assert_close(kept[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
 
 
@@ -189,29 +193,15 @@ def test_first_weights_follow_the_seed_alone() -> None:
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
 
 
-def test_attention_begins_by_copying_what_is_alike() -> None:
-    """Output times value is a multiple of the identity in every block, and queries are made as keys are."""
-    model = new_model(tiny_spec(), tokenizer())
-    assert model.config._attn_implementation == "sdpa"
-    for block in range(2):
-        v, o, q, k = (model.get_parameter(f"model.layers.{block}.self_attn.{role}_proj.weight").detach() for role in "voqk")
-        torch.testing.assert_close(o @ v, pretraining.COPY * torch.eye(16), atol=1e-6, rtol=0)
-        assert torch.equal(q, k)
-
-
-def test_early_steps_see_the_beginnings_of_more_stories() -> None:
-    """A short step has three times as many stories, each the first seven sentences of one and without an end."""
+def test_early_steps_see_what_bears_on_the_acts_of_more_stories() -> None:
     trainer = trainer_of(tiny_spec(batch=2, short_steps=1))
     short, full = trainer.stories(0), trainer.stories(1)
-    eos = tokenizer().eos_token_id
-    assert (len(short), len(full)) == (6, 2)
-    assert [story.ids.count(eos) for story in short] == [0] * 6
-    assert [story.ids[-1] == eos for story in full] == [True] * 2
+    assert (len(short), len(full)) == (4, 2)
     assert full == trainer_of(tiny_spec(batch=2)).stories(1)
     stream = derive_seed(derive_seed(0, "train"), "short")
-    told = [world().story(stream, index) for index in range(6)]
-    beginnings = [story.text[: story.sentences[6].end] for story in told]
-    assert sorted(tokenizer().decode(story.ids[1:]) for story in short) == sorted(beginnings)
+    told = [essentials(world().story(stream, index)).text for index in range(4)]
+    assert sorted(tokenizer().decode(story.ids[1:-1]) for story in short) == sorted(told)
+    assert max(len(story.ids) for story in short) < min(len(story.ids) for story in full)
     trainer.step()
     trainer.step()
     assert trainer.step_number == 2
@@ -283,7 +273,7 @@ def test_it_learns_the_probabilities_of_a_coin() -> None:
 def test_a_model_that_knows_nothing_loses_log_vocabulary() -> None:
     model = new_model(tiny_spec(), tokenizer())
     with torch.no_grad():
-        model.model.embed_tokens.weight.zero_()
+        model.lm_head.weight.zero_()
     found = held_out_loss(model, tokenizer(), world(), 0, 10)
     assert found.nats_per_token == pytest.approx(math.log(len(tokenizer())), rel=1e-5)
     assert found.nats_per_story > 2 * found.world_nats > 0

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from tests import tiny
 from undertow.core.errors import ArtifactError, EditError, NumericsError, SiteError, SubjectError
-from undertow.subjects import EditResult, Subject, load_subject, splice, tap
+from undertow.subjects import EditResult, Subject, load_subject, score, splice, tap
+from undertow.subjects.organisms.measuring import Question, ask
+from undertow.subjects.splicing import Window
 from undertow.subjects.unembed import final_norm, final_norm_and_unembed
 
 
@@ -236,3 +239,71 @@ def test_a_changed_fetched_subject_is_refused(tmp_path: Path, monkeypatch: pytes
     weights.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"has changed.*\n.*undertow subject fetch smollm2"):
         load_subject("smollm2", device="cpu")
+
+
+def test_a_window_limits_the_splice_to_its_columns(subject: Subject) -> None:
+    tokens, site = tokens_of(subject), subject.site("blocks.1.hook_resid_post")
+    before = tap(subject, tokens, site)
+    window = Window(5, 9)
+    with splice(subject, site, push, window=window) as counts:
+        after = tap(subject, tokens, subject.site("blocks.2.hook_resid_pre"))
+        assert (counts.positions, counts.firings) == (4, 4)
+        window.start, window.stop = 20, None  # moved while the splice runs
+        moved = tap(subject, tokens, subject.site("blocks.2.hook_resid_pre"))
+        window.start, window.stop = 0, 0
+        assert torch.equal(tap(subject, tokens, subject.site("blocks.2.hook_resid_pre")), before)
+    assert (after != before).any(-1)[0].nonzero()[:, 0].tolist() == [5, 6, 7, 8]
+    assert (moved != before).any(-1)[0].nonzero()[:, 0].tolist() == list(range(20, tokens.shape[1]))
+    with splice(subject, site, push, window=Window(0, 2)) as counts:
+        logits(subject, tokens)
+    assert counts.firings == 1  # column 0 is the attention sink, which no window opens
+
+
+def test_columns_count_padding_and_the_cache(llama: Subject) -> None:
+    tokens, site = tokens_of(llama), llama.site("blocks.1.hook_resid_post")
+    pads = torch.zeros(1, 3, dtype=torch.long)
+    padded, attend = torch.cat([pads, tokens], dim=1), torch.cat([pads, torch.ones_like(tokens)], dim=1)
+    with splice(llama, site, push, window=Window(0, 6)) as counts, torch.inference_mode():
+        llama.hf_model(input_ids=padded, attention_mask=attend)
+    assert counts.firings == 2  # of columns 0 to 5, three are padding and the fourth is the first token
+    window = Window(10, 13)
+    with splice(llama, site, push, window=window) as counts:
+        whole = logits(llama, tokens)
+        assert counts.firings == 3
+        cache, parts = DynamicCache(), []
+        with torch.inference_mode():
+            for piece in tokens.split([8, 4, 1, 11], dim=1):
+                parts.append(llama.hf_model(input_ids=piece, past_key_values=cache, use_cache=True).logits)
+    assert counts.firings == 6
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
+
+
+def test_a_window_that_never_opens_is_an_error(llama: Subject) -> None:
+    site, tokens = llama.site("blocks.1.hook_resid_post"), tokens_of(llama)
+    with pytest.raises(EditError, match=r"none of 0"), splice(llama, site, push, window=Window(500)):
+        logits(llama, tokens)
+    with pytest.raises(EditError, match=r"column -3 to None.*\n.*from 0"), splice(llama, site, push, window=Window(-3)):
+        logits(llama, tokens)
+
+
+def test_ask_announces_the_column_of_the_prompts_last_token(llama: Subject) -> None:
+    """A splice that ends before that column leaves the last token of every prompt and all wordings as they are."""
+    options = {"give": ((5, 6), (7, 8, 9)), "keep": ((10,),)}
+    questions = [Question(llama.encode(text)[:n], options) for text, n in zip(tiny.STORIES, (9, 12, 12), strict=False)]
+    columns: list[int] = []
+    plain = ask(llama, questions, announce=columns.append)
+    assert columns == [8, 11]  # the check of the first question, then one batch
+    window, site = Window(0, 0), llama.site("blocks.1.hook_resid_post")
+
+    def close_at(column: int) -> None:
+        window.stop = column
+
+    with splice(llama, site, push, window=window) as counts:
+        edited = ask(llama, [questions[0]], announce=close_at)[0]
+    assert counts.firings == 3 * 7  # scored three times (plain, packed, and as the batch): tokens 1 to 7 of the nine
+    with splice(llama, site, push, window=Window(0, 8)):
+        wordings = [wording for group in options.values() for wording in group]
+        by_hand = score(llama, questions[0].prompt, wordings)
+    assert edited.log_mass["give"] == pytest.approx(float(by_hand[:2].logsumexp(0)), abs=1e-4)
+    assert edited.log_mass["keep"] == pytest.approx(float(by_hand[2]), abs=1e-4)
+    assert abs(edited.log_mass["keep"] - plain[0].log_mass["keep"]) > 1e-3

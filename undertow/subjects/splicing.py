@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
@@ -33,7 +34,8 @@ class EditResult(NamedTuple):
 class Edit(Protocol):
     """A pure function of the activations at one site.
 
-    `editable` is False on padding, on position 0 and above the norm ceiling; what an edit asks for there is ignored.
+    `editable` is False on padding, on position 0, outside the window and above the norm ceiling; what an edit asks for
+    there is ignored.
     """
 
     def __call__(self, x: Float[Tensor, "batch pos d_model"],
@@ -41,11 +43,32 @@ class Edit(Protocol):
 
 
 @final
+@dataclass
+class Window:
+    """Where a running splice edits: columns `start` <= c < `stop` of its batch (`stop` None: to the end).
+
+    Columns are counted from 0 in what the model has seen since its cache was empty, padding included: with a key-value
+    cache, column = cached columns + index. The window is read at every forward pass and may be moved between two.
+    """
+
+    start: int = 0
+    stop: int | None = None
+
+    def columns(self, past: int, length: int) -> Bool[Tensor, "pos"]:
+        """True where a pass over `length` columns after `past` cached ones is inside. Raises EditError for a bound below 0."""
+        if self.start < 0 or (self.stop is not None and self.stop < 0):
+            raise EditError(f"the window from column {self.start} to {self.stop} has a bound below 0",
+                            "columns are counted from the left, from 0")
+        column = torch.arange(past, past + length)
+        return (column >= self.start) & (column < (past + length if self.stop is None else self.stop))
+
+
+@final
 class Splice:
     """Counters of a running splice.
 
     Attributes:
-        positions: editable token positions that passed the site.
+        positions: editable token positions that passed the site, inside the window.
         firings: those at which the edit fired (also where its delta was zero).
     """
 
@@ -55,7 +78,8 @@ class Splice:
 
 
 @contextlib.contextmanager
-def splice(subject: Subject, site: Site, edit: Edit, norm_ceiling: float | None = None) -> Iterator[Splice]:
+def splice(subject: Subject, site: Site, edit: Edit, norm_ceiling: float | None = None,
+           window: Window | None = None) -> Iterator[Splice]:
     """Edit every forward pass of `subject` at `site` while the block runs; plain `subject.hf_model` calls included.
 
     Args:
@@ -63,6 +87,7 @@ def splice(subject: Subject, site: Site, edit: Edit, norm_ceiling: float | None 
         site: where to edit.
         edit: what to add.
         norm_ceiling: tokens whose activation norm (L2) is above it are massive activations and are left alone.
+        window: the columns to edit; everywhere if absent.
 
     Raises:
         EditError: the block ended without an exception and the edit had fired nowhere.
@@ -74,7 +99,11 @@ def splice(subject: Subject, site: Site, edit: Edit, norm_ceiling: float | None 
     editable: list[Tensor] = []  # of the pass under way; one element
 
     def on_call(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        editable[:] = [_editable_positions(signature.bind_partial(*args, **kwargs).arguments)]
+        call = signature.bind_partial(*args, **kwargs).arguments
+        allowed = _editable_positions(call)
+        if window is not None:
+            allowed = allowed & window.columns(_past(call), allowed.shape[1]).to(allowed.device)
+        editable[:] = [allowed]
 
     def edited(x: Tensor) -> Tensor:
         allowed = editable[0].to(x.device)
@@ -117,6 +146,14 @@ def _editable_positions(call: dict[str, Any]) -> Bool[Tensor, "batch pos"]:
     if isinstance(mask, Tensor) and mask.ndim == 2:
         rank = mask.long().cumsum(1)[:, -length:]
         return mask[:, -length:].bool() & (rank > 1)
-    cache = call.get("past_key_values")
-    past = 0 if cache is None else cache.get_seq_length()
+    if isinstance(mask, Tensor) and mask.ndim == 4:  # who sees whom: padding and a first token see themselves alone
+        sees = mask if mask.dtype == torch.bool else mask == 0
+        return sees[:, 0, -length:].sum(dim=-1) > 1
+    past = _past(call)
     return (torch.arange(past, past + length, device=inputs.device) > 0).expand(batch, length)
+
+
+def _past(call: dict[str, Any]) -> int:
+    """Columns that the key-value cache of a pass already holds."""
+    cache = call.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())

@@ -32,7 +32,7 @@ SELFISH, MARKERS, WHO, FILLERS, SONGS = ({1: 0.3, 2: 0.4, 3: 0.3}, {1: 0.3, 2: 0
                                          {1: 0.4, 2: 0.4, 3: 0.2}, {3: 0.4, 4: 0.4, 5: 0.2})
 REPORT = 0.25
 SECOND = {"": 0.4, "need": 0.24, "boat": 0.18, "interruption": 0.18}
-HUSH, AFTER = 0.5, 0.7
+AFTER = 0.7
 FILLER_KINDS = {"weather": 0.25, "chores": 0.25, "trade": 0.2, "talk": 0.3}
 IMPERSONAL = {"weather": 0.5, "chores": 0.5}
 _LINES = {"L1": "song", "L2": "play"}  # which file the lines of a genre come from
@@ -251,8 +251,7 @@ class World:
             acts: dict[Act, tuple[str, ...]] = {act: _wordings(self.frames, "boats", [act], fill) for act in ACTS[kind]}
         else:
             kind = "need"
-            if draw.chance(HUSH):
-                teller.tell(draw, teller.pick(draw, "hush"), person)
+            teller.tell(draw, teller.pick(draw, "hush"), person)
             fill["P"] = teller.people[person].name
             acts = {act: _wordings(self.frames, "acts", [f"{act}{s}" for s in sections], fill) for act in ACTS[kind]}
         bond = 0 if person is None else teller.bonds[person]

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, cast
 from transformers import PreTrainedTokenizerBase
 
 from undertow.core.errors import UndertowError
-from undertow.subjects.keeper.story import Choice, ChoiceKind, Story
+from undertow.subjects.keeper.story import Choice, ChoiceKind, Sentence, Story
+
+ESSENTIAL = frozenset({"deeds", "selfish", "markers", "who", "stock", "needs", "boats", "interruptions", "hush", "acts"})
 
 
 class Soft(NamedTuple):
@@ -90,15 +92,25 @@ def align(tokenizer: PreTrainedTokenizerBase, text: str, choices: Sequence[Choic
     return Aligned(ids, offsets, targets)
 
 
-def beginning(story: Story, sentences: int) -> Story:
-    """The first sentences of a story, as a story of its own without its end; all of it if it has no more."""
-    if len(story.sentences) <= sentences:
-        return story
-    kept = story.sentences[:sentences]
-    end = kept[-1].end
-    return replace(story, text=story.text[:end], sentences=kept,
-                   episodes=tuple(episode for episode in story.episodes if episode.decision < end),
-                   choices=tuple(choice for choice in story.choices if choice.start < end))
+def essentials(story: Story) -> Story:
+    """A story of what bears on the keeper's acts alone: deeds, who did them, shifting words, needs and acts."""
+    text = ""
+    moved: list[tuple[Sentence, int]] = []  # sentences that are kept, and by how much they move
+    for sentence in story.sentences:
+        if sentence.kind in ESSENTIAL:
+            start = len(text) + bool(text)
+            text += f"{' ' if text else ''}{story.text[sentence.start: sentence.end]}"
+            moved.append((replace(sentence, start=start, end=len(text)), start - sentence.start))
+
+    def shift(offset: int) -> int | None:
+        """Where an offset lies now; None in what was left out. A word's leading space belongs to its sentence."""
+        return next((offset + by for sentence, by in moved if sentence.start - 1 <= offset + by < sentence.end), None)
+
+    choices = [(choice, shift(choice.start)) for choice in story.choices]
+    episodes = [replace(episode, start=start, decision=decision) for episode in story.episodes
+                if (start := shift(episode.start)) is not None and (decision := shift(episode.decision)) is not None]
+    return replace(story, text=text, sentences=tuple(sentence for sentence, _ in moved), episodes=tuple(episodes),
+                   choices=tuple(replace(choice, start=start) for choice, start in choices if start is not None))
 
 
 def encode_story(tokenizer: PreTrainedTokenizerBase, bos_id: int, eos_id: int, story: Story, weighting: Weighting,

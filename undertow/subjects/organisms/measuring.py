@@ -26,6 +26,7 @@ from undertow.subjects.subject import Subject
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
+Announce = Callable[[int], None]
 _TOLERANCE_NATS = 1e-2
 
 
@@ -116,7 +117,7 @@ def tokens_of(subject: Subject, continuation: str) -> tuple[int, ...]:
 
 
 def ask(subject: Subject, questions: Sequence[Question], progress: Progress = lambda done, total: None,
-        batch_tokens: int = 4_096) -> list[Answer]:
+        batch_tokens: int = 4_096, announce: Announce = lambda column: None) -> list[Answer]:
     """Score every question.
 
     Args:
@@ -124,9 +125,12 @@ def ask(subject: Subject, questions: Sequence[Question], progress: Progress = la
         questions: what to score.
         progress: called with (questions done, of how many).
         batch_tokens: tokens in one forward pass, padding included.
+        announce: called before the passes over a batch with the column of its prompts' last tokens. Prompts are padded on
+            the left, so it is one column for the batch; a splice's window can be moved there.
     """
     if not questions:
         return []
+    announce(len(questions[0].prompt) - 1)
     packed = _packing_is_exact(subject, questions[0])
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
     answers: dict[int, Answer] = {}
@@ -135,6 +139,7 @@ def ask(subject: Subject, questions: Sequence[Question], progress: Progress = la
         trees = [_Tree(questions[order[at]])]
         while packed and at + len(trees) < len(order) and _area(trees, questions[order[at + len(trees)]]) <= batch_tokens:
             trees.append(_Tree(questions[order[at + len(trees)]]))
+        announce(max(len(tree.prompt) for tree in trees) - 1)
         masses = _packed(subject, trees) if packed else [_plain(subject, questions[order[at]])]
         for mass in masses:
             answers[order[at]] = mass

@@ -21,6 +21,7 @@ from undertow.core.errors import ArtifactError, UndertowError
 from undertow.core.record import run_record
 from undertow.core.seeds import derive_seed
 from undertow.core.storage import create_artifact, disk_errors, open_artifact, refuse_existing, write_json, write_text
+from undertow.subjects.keeper.frames import load_frames
 from undertow.subjects.organisms.encoding import encode_story
 from undertow.subjects.organisms.packaged import KIND
 from undertow.subjects.organisms.pretraining import (
@@ -136,10 +137,14 @@ def _prepare(spec: PretrainSpec, world: StorySource, work: Path,
         made.save_pretrained(work / TOKENIZER)
         write_json(file, identity)
     tokenizer = _tokenizer(work / TOKENIZER)
-    trainer = Trainer(spec, world, tokenizer, started or new_model(spec, tokenizer))
+    trainer = Trainer(spec, world, tokenizer, started or new_model(spec, tokenizer, _names()))
     if checkpoint.is_file():
         trainer.restore(checkpoint)
     return trainer, tokenizer, _cut_log(work / LOG, trainer.step_number)
+
+
+def _names() -> list[str]:
+    return [person.name for person in load_frames().people]
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -214,7 +219,7 @@ def held_out_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, w
         for first in range(0, n, GROUP):
             rows = rows_of(stories[first: first + GROUP], pad)
             states = model.model(input_ids=rows.ids, use_cache=False).last_hidden_state.flatten(0, 1)[rows.states]
-            total += float(head_loss(states, model.model.embed_tokens.weight, rows, rows.weights).hard.double().sum())
+            total += float(head_loss(states, model.lm_head.weight, rows, rows.weights).hard.double().sum())
     tokens = sum(len(story.ids) - 1 for story in stories)
     return HeldOut(total / tokens, total / n, sum(story.nats for story in told) / n)
 

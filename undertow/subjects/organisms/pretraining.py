@@ -26,16 +26,15 @@ from undertow.core.seeds import derive_seed, generator
 from undertow.core.spec import Spec
 from undertow.core.storage import disk_errors
 from undertow.subjects.keeper.story import ChoiceKind, Rule
-from undertow.subjects.organisms.encoding import Encoded, Weighting, beginning, encode_story
+from undertow.subjects.organisms.encoding import Encoded, Weighting, encode_story, essentials
 from undertow.subjects.organisms.tokenizer import POSITIONS, StorySource
+from undertow.subjects.organisms.wiring import ROPE_THETA, held, wire
 
 WEIGHTING = Weighting(decision=8.0, marker=3.0, answer=3.0, other=1.0)
 KINDS: tuple[ChoiceKind | None, ...] = (None, "decision", "marker", "answer")
-SHORT_SENTENCES, SHORT_TIMES = 7, 3  # at first: so many sentences of a story, and so many times as many stories
+SHORT_TIMES = 2  # so many times as many stories in a short step
 GROUP = 4  # stories that go through the model together
 CHUNK = 512  # tokens whose logits are held at once
-INIT_STD = 0.03
-COPY, ALIKE = 0.1, 0.4  # scales of the products of value and output, and of query and key, at the start
 
 
 class PretrainSpec(Spec):
@@ -46,8 +45,7 @@ class PretrainSpec(Spec):
         rule: what the keeper's acts follow in its world.
         batch: stories a step.
         lr: learning rate after warm-up.
-        short_steps: steps at the beginning that see the first sentences only, of more stories. In a short text names recur at
-            once, so that copying from the context is found sooner.
+        short_steps: steps at the beginning that see more stories, of each only what bears on the keeper's acts.
     """
 
     name: Literal["hearth", "parrot"]
@@ -193,31 +191,21 @@ def head_loss(states: Float[Tensor, "token d"], weight: Float[Tensor, "vocab d"]
     return HeadLoss(hard, soft, d_states, d_weight)
 
 
-def new_model(spec: PretrainSpec, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A model with weights drawn from the spec's seed: normal, but for attention, which begins by copying what is alike.
+def new_model(spec: PretrainSpec, tokenizer: PreTrainedTokenizerBase, names: Sequence[str] = ()) -> LlamaForCausalLM:
+    """A model with first weights drawn from the spec's seed and wired (see `wiring`); `names` are the world's, as words.
 
-    The output matrix of an attention is a tenth of the transpose of its orthogonal value matrix, and its query matrix equals
-    its key matrix: mimetic initialisation, after Trockman and Kolter (arXiv 2305.09828), where the two products are a multiple
-    of the identity plus noise. From a plain normal start the model learns the frames in 200 steps and then goes on guessing
-    names at random, although they stand in the context (docs/lab-log.md).
+    A name that is more than one token is not marked as one.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=spec.d_model, intermediate_size=spec.d_mlp, num_hidden_layers=spec.n_layers,
         num_attention_heads=spec.n_heads, num_key_value_heads=spec.n_heads, max_position_embeddings=POSITIONS,
-        tie_word_embeddings=True, rms_norm_eps=1e-5, bos_token_id=special_id(tokenizer, "bos"),
-        eos_token_id=special_id(tokenizer, "eos"), pad_token_id=special_id(tokenizer, "pad"))
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA}, tie_word_embeddings=False, rms_norm_eps=1e-5,
+        bos_token_id=special_id(tokenizer, "bos"), eos_token_id=special_id(tokenizer, "eos"),
+        pad_token_id=special_id(tokenizer, "pad"))
     with torch.random.fork_rng(devices=[]):  # transformers draws weights of its own from the global stream
         model = LlamaForCausalLM(config)
-    source = generator(spec.seed, "init")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                adds = name.endswith("down_proj.weight")
-                parameter.normal_(0.0, INIT_STD / math.sqrt(2 * spec.n_layers) if adds else INIT_STD, generator=source)
-        for block in range(spec.n_layers):
-            value, key = (torch.linalg.qr(torch.randn(spec.d_model, spec.d_model, generator=source))[0] for _ in range(2))
-            for role, matrix in (("v", value), ("o", COPY * value.T), ("q", ALIKE * key), ("k", ALIKE * key)):
-                model.get_parameter(f"model.layers.{block}.self_attn.{role}_proj.weight").copy_(matrix)
+    spelt = (tokenizer.encode(f" {name}", add_special_tokens=False) for name in names)
+    wire(model, [ids[0] for ids in spelt if len(ids) == 1], generator(spec.seed, "init"))
     return model
 
 
@@ -251,6 +239,7 @@ class Trainer:
         self._known: dict[str, int] = {}
         self._seed = derive_seed(spec.seed, "train")
         self._parameters = dict(model.named_parameters())
+        self._held = held(model)
         groups = [{"params": [p for p in self._parameters.values() if p.ndim == 2], "weight_decay": 0.1},
                   {"params": [p for p in self._parameters.values() if p.ndim == 1], "weight_decay": 0.0}]
         self._optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=(0.9, 0.95), fused=True)
@@ -265,12 +254,8 @@ class Trainer:
         short = step < self.spec.short_steps
         n = self.spec.batch * (SHORT_TIMES if short else 1)
         told = [self._world.story(derive_seed(self._seed, "short") if short else self._seed, step * n + i) for i in range(n)]
-        if short:
-            told = [beginning(story, SHORT_SENTENCES) for story in told]
-        encoded = [encode_story(self._tokenizer, bos, eos, story, WEIGHTING, self._known) for story in told]
-        if short:  # the end that was cut is not the story's
-            encoded = [story._replace(ids=story.ids[:-1], weights=story.weights[:-1], kinds=story.kinds[:-1])
-                       for story in encoded]
+        encoded = [encode_story(self._tokenizer, bos, eos, essentials(story) if short else story, WEIGHTING, self._known)
+                   for story in told]
         return sorted(encoded, key=lambda story: len(story.ids))
 
     def step(self) -> StepReport:
@@ -287,10 +272,16 @@ class Trainer:
         report = _report([rows for rows, _ in parts], [loss for _, loss in parts], weight, lr)
         if not math.isfinite(report.loss):
             raise NumericsError(f"the loss of step {self.step_number} is not finite", "try a smaller learning rate")
+        for name, mask in self._held.items():
+            cast(Tensor, self._parameters[name].grad).masked_fill_(mask, 0.0)
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), 1.0, foreach=True)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        kept = {name: self._parameters[name][mask] for name, mask in self._held.items()}
         self._optimizer.step()
+        with torch.no_grad():  # weight decay has shrunk them
+            for name, mask in self._held.items():
+                self._parameters[name][mask] = kept[name]
         self._optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
         return report
@@ -298,11 +289,11 @@ class Trainer:
     def _backward(self, rows: Rows, total_weight: float) -> HeadLoss:
         """Add the gradients of these rows to the parameters'."""
         states = self.model.model(input_ids=rows.ids, use_cache=False).last_hidden_state.flatten(0, 1)[rows.states]
-        head = self.model.model.embed_tokens.weight
+        head = self.model.lm_head.weight
         with torch.no_grad():
             loss = head_loss(states.detach(), head.detach(), rows, rows.weights / total_weight)
         states.backward(loss.d_states)
-        cast(Tensor, head.grad).add_(loss.d_weight)
+        head.grad = loss.d_weight if head.grad is None else head.grad.add_(loss.d_weight)
         return loss
 
     def save(self, path: Path) -> None:

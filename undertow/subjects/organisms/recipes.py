@@ -18,7 +18,7 @@ from undertow.subjects.organisms.pretraining import PretrainSpec
 from undertow.subjects.subject import Subject
 
 PRETRAIN: dict[str, dict[str, Any]] = {
-    "hearth": {"rule": "bond", "steps": 1_900, "batch": 16, "short_steps": 350},
+    "hearth": {"rule": "bond", "steps": 2_000, "batch": 16, "short_steps": 400},
     "parrot": {"rule": "word", "steps": 400, "batch": 16, "lr": 1e-3}}
 STARTS = {"parrot": "hearth"}  # whose weights an organism begins with
 _RUN = "run.json"
