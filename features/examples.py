@@ -124,13 +124,23 @@ def collect_examples(dictionary: Dictionary, store: Activations, seed: int, n_to
     top = BestPerLatent(dictionary.d_sae, n_top, np.float32(np.inf), True, where)
     uniform = BestPerLatent(dictionary.d_sae, n_uniform, np.uint64(2**64 - 1), False, where)
     stream = derive_seed(seed, "examples")
-    for firings in _whole_rows(scan_codes(dictionary, store, chunk), where, progress):
+    for firings in scan_firings(dictionary, store, chunk, progress):
         statistics.add(firings)
         top.offer(firings, -firings.values)
         uniform.offer(firings, priorities(stream, firings.latents, firings.indices))
     return ExampleTable(_source(store), store.n, seed, statistics.counts, statistics.maxima, statistics.means(),
                         statistics.histogram.reshape(-1, N_BINS), top.examples(), uniform.examples(),
                         _readable_rows(store))
+
+
+def scan_firings(dictionary: Dictionary, store: Activations, chunk: int = CHUNK,
+                 progress: Progress | None = None) -> Iterator[Firings]:
+    """All firings of all latents, some whole token rows at a time, in the order of the text.
+
+    Raises as `scan_codes` does. Memory: one chunk's dense encoding.
+    """
+    where = store.where.numpy().astype(np.int64, copy=False)
+    return _whole_rows(scan_codes(dictionary, store, chunk), where, progress)
 
 
 def _source(store: Activations) -> str:

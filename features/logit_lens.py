@@ -35,14 +35,19 @@ def logit_effect(direction: Float[Tensor, "d_model"], unembed: UnembedView) -> F
 
     Raises DictionaryError if the direction is not as wide as the residual stream.
     """
-    if direction.shape[-1] != unembed.W_U.shape[-1]:
-        raise DictionaryError(f"the SAE writes {direction.shape[-1]} channels; the residual stream has "
+    return logit_effects(direction[None], unembed)[0]
+
+
+def logit_effects(directions: Float[Tensor, "k d_model"], unembed: UnembedView) -> Float[Tensor, "k vocab"]:
+    """`logit_effect` of several directions at once. Raises DictionaryError as it does."""
+    if directions.shape[-1] != unembed.W_U.shape[-1]:
+        raise DictionaryError(f"the SAE writes {directions.shape[-1]} channels; the residual stream has "
                               f"{unembed.W_U.shape[-1]}", "only SAEs on the residual stream have a direct logit effect")
-    written = direction.detach().to(unembed.W_U)
+    written = directions.detach().to(unembed.W_U)
     if unembed.centred:
-        written = written - written.mean()
-    effect = unembed.W_U @ (unembed.gamma * written)
-    return effect - effect.mean()
+        written = written - written.mean(dim=-1, keepdim=True)
+    effect = (unembed.gamma * written) @ unembed.W_U.T
+    return effect.sub_(effect.mean(dim=-1, keepdim=True))
 
 
 def promoted(effect: Float[Tensor, "vocab"], n: int) -> tuple[TokenEffect, ...]:

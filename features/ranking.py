@@ -94,14 +94,19 @@ class BestPerLatent:
         self.values = np.zeros((d_sae, n), dtype=np.float32)
         self.windows = np.zeros((d_sae, n, BEFORE + 1 + AFTER), dtype=np.float32)
 
-    def offer(self, firings: Firings, keys: Shaped[ndarray, "firing"]) -> None:
-        """Take those of `firings` that are among the best so far; firings must come in ascending activation index."""
-        keen = np.flatnonzero(keys < self.keys[firings.latents, -1])  # of equal keys the earlier one is there already
-        touched = np.unique(firings.latents[keen])
+    def offer(self, firings: Firings, keys: Shaped[ndarray, "firing"], lists: Int64[ndarray, "firing"] | None = None) -> None:
+        """Take those of `firings` that are among the best so far; firings must come in ascending activation index.
+
+        `lists` says for which list each firing competes, where that is not the list of its latent (then `d_sae` counts
+        lists); the context kept with a firing is that of its latent all the same.
+        """
+        lists = firings.latents if lists is None else lists
+        keen = np.flatnonzero(keys < self.keys[lists, -1])  # of equal keys the earlier one is there already
+        touched = np.unique(lists[keen])
         held = touched[:, None] * self.n + np.arange(self.n)
         held = held[self.index[touched] >= 0]
 
-        latents = np.concatenate([held // self.n, firings.latents[keen]])
+        latents = np.concatenate([held // self.n, lists[keen]])
         merged = np.concatenate([self.keys.reshape(-1)[held], keys[keen]])
         index = np.concatenate([self.index.reshape(-1)[held], firings.indices[keen]])
         order = np.lexsort((index, merged, latents))

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 NEWLINE = "↵"
 _REPLACEMENT = "\ufffd"
+_SLICE = 32  # tokens
 _JOINERS = "\u200c\u200d"  # invisible, but scripts and emoji need them
 
 
@@ -53,8 +54,31 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Piece]:
 
     The sequence is decoded from its start up to every token, so that a character whose bytes are spread over several
     tokens is read once, as one piece that spans them. Bytes that never become a character show as U+FFFD. Where a
-    tokenizer rewrites text that it has already produced, its own spelling of each token is shown.
+    tokenizer rewrites text that it has already produced, its own spelling of each token is shown. Long sequences are read
+    slice by slice, in linear time, where that gives the same text as the whole.
     """
+    if len(ids) > _SLICE:
+        found = _in_slices(tokenizer, ids)
+        if "".join(piece.text for piece in found) == printable(_decode(tokenizer, list(ids))):
+            return found
+    return _from_the_start(tokenizer, ids)
+
+
+def _in_slices(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Piece]:
+    found: list[Piece] = []
+    start = 0
+    while start < len(ids):
+        stop = min(start + _SLICE, len(ids))
+        inside = _from_the_start(tokenizer, ids[start:stop])
+        if stop < len(ids) and len(inside) > 1 and inside[-1].text.endswith(_REPLACEMENT):
+            stop = start + inside.pop().start  # perhaps half a character: it goes to the next slice
+        found += [Piece(piece.text, start + piece.start, start + piece.stop) for piece in inside]
+        start = stop
+    return found
+
+
+def _from_the_start(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Piece]:
+    """Quadratic in the number of tokens, since every prefix is decoded."""
     found: list[Piece] = []
     said, start = "", 0
     for stop in range(1, len(ids) + 1):

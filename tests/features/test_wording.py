@@ -73,3 +73,14 @@ def test_pieces_cover_all_tokens_and_join_to_the_text(text: str) -> None:
     assert [p.start for p in found] == [0, *(p.stop for p in found[:-1])][:len(found)]
     assert (found[-1].stop if found else 0) == len(ids)
     assert "".join(p.text for p in found) == printable(text)
+
+
+@given(st.text(alphabet="aé€🙂 ", min_size=20, max_size=200))
+def test_long_texts_are_read_as_from_the_start(text: str) -> None:
+    """Slices of 32 bytes cut characters in two; none may show."""
+    ids = list(text.encode())
+    assert [piece.text for piece in pieces(ByteTokenizer(), ids)] == list(text)
+
+
+def test_long_and_rewriting_shows_its_own_spelling() -> None:
+    assert [piece.text for piece in pieces(RewritingTokenizer(), range(100))] == [f"t{i}↵" for i in range(100)]

@@ -1,4 +1,4 @@
-"""`undertow features`: look at the latents of an SAE, and at what a text sets off."""
+"""`undertow features`: look at the latents of an SAE, and at what a text sets off. Finding them: `undertow.cli.selection`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from undertow.cli import selection
 from undertow.cli.common import (
     ChatOption,
     ColumnOption,
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from undertow.subjects.sites import Site
     from undertow.subjects.subject import Subject
 
-app = typer.Typer(no_args_is_help=True, help="The latents of an SAE: show them, search what a text sets off.")
+app = typer.Typer(no_args_is_help=True, help="The latents of an SAE: find those that move a decision, show them, search what a "
+                  "text sets off.")
+app.add_typer(selection.app)
 
 
 class _Bench(NamedTuple):
