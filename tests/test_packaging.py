@@ -42,7 +42,7 @@ def test_exactly_five_packages(wheel: Path) -> None:
 
 
 def test_every_module_and_data_file_is_in(wheel: Path) -> None:
-    kinds = (".py", ".yaml", ".json", ".safetensors", "py.typed")
+    kinds = (".py", ".yaml", ".json", ".safetensors", ".html", ".css", ".js", ".svg", "py.typed")
     wanted = {str(p.relative_to(ROOT)) for package in PACKAGES for p in (ROOT / package).rglob("*")
               if p.is_file() and p.name.endswith(kinds)}
     assert wanted <= members(wheel)

@@ -19,18 +19,22 @@ from undertow.core.errors import UserError, near_matches
 
 
 class Command(NamedTuple):
-    """A word after `undertow`: the module that holds its typer `app`, and whether it has commands of its own."""
+    """A word after `undertow`: the module that holds its typer `app`, whether it has commands of its own, and whether it
+    also runs without one."""
 
     name: str
     help: str
     is_group: bool = True
+    runs_bare: bool = False
 
 
 COMMANDS = (
     Command("subject", "The models: list, fetch, generate."),
     Command("text", "The texts: fetch, show."),
     Command("sae", "Sparse autoencoders: train, resume, eval, import."),
-    Command("features", "What the features of an autoencoder are: show, search."),
+    Command("features", "The features of an autoencoder: scan, rank, select, show, search."),
+    Command("recipe", "Recipes of feature surgery: check, apply."),
+    Command("dashboard", "A local page that shows every feature: undertow dashboard [DIR]; build, list.", runs_bare=True),
     Command("bench", "Speed, against peers in the same run: harvest, sae."),
     Command("doctor", "Versions, devices, caches; what is missing, and the command that mends it.", is_group=False),
 )
@@ -96,9 +100,10 @@ def _run_command(command: Command, words: list[str]) -> int:
     # `get_group` also where the group has a single command, which typer would otherwise run without its name.
     runner = typer.main.get_group(app) if command.is_group else typer.main.get_command(app)
     try:
-        code = runner.main(words or (["--help"] if command.is_group else []), prog_name=name, standalone_mode=False)
+        bare = ["--help"] if command.is_group and not command.runs_bare else []
+        code = runner.main(words or bare, prog_name=name, standalone_mode=False)
     except typer.TyperException as error:
-        full = f"{name} {words[0]}" if command.is_group and not words[0].startswith("-") else name
+        full = f"{name} {words[0]}" if command.is_group and words and not words[0].startswith("-") else name
         # typer's message does not always hold the value, so what was typed stands behind it
         what = f"{error.format_message()} (in: {name} {shlex.join(words)})"
         return _refuse(what, f"{full} --help", "--json" in words)
