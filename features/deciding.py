@@ -17,6 +17,7 @@ from torch import Tensor
 from features.concepts import Situation
 from undertow.core.errors import TextError
 from undertow.subjects.organisms.measuring import tokens_of
+from undertow.subjects.padding import batches, pad
 from undertow.subjects.sites import Site
 from undertow.subjects.splicing import EditResult, splice
 from undertow.subjects.subject import Subject
@@ -53,19 +54,10 @@ def tokenised(subject: Subject, situation: Situation) -> Decision:
 def read_last(subject: Subject, site: Site, prompts: Sequence[Sequence[int]], progress: Progress = silent,
               batch_tokens: int = 4_096) -> Float[Tensor, "n d_model"]:
     """Activations at `site` on the last token of every prompt (token ids), in float32 on the CPU."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     read: dict[int, Tensor] = {}
-    while len(read) < len(prompts):
-        rest = order[len(read):]
-        fits = [n for n in range(1, len(rest) + 1) if n * len(prompts[rest[n - 1]]) <= batch_tokens]
-        chosen = rest[: max(fits, default=1)]
-        width = len(prompts[chosen[-1]])
-        tokens = torch.full((len(chosen), width), subject.bos_id or 0)
-        attend = torch.zeros(tokens.shape, dtype=torch.bool)
-        for row, i in enumerate(chosen):  # padded on the right, which no earlier token sees
-            tokens[row, : len(prompts[i])] = torch.tensor(list(prompts[i]))
-            attend[row, : len(prompts[i])] = True
-        acts = tap(subject, tokens, site, attend).float().cpu()
+    for chosen in batches(prompts, batch_tokens):
+        tokens, attend = pad([prompts[i] for i in chosen], subject, "right")
+        acts = tap(subject, tokens, site, attend.bool()).float().cpu()
         read |= {i: acts[row, len(prompts[i]) - 1] for row, i in enumerate(chosen)}
         progress(len(read), len(prompts))
     return torch.stack([read[i] for i in range(len(prompts))])

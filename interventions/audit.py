@@ -12,7 +12,7 @@ interval resamples whole documents. An arm that changes nothing gives KL 0 and r
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
@@ -34,6 +34,7 @@ from undertow.lexicon.trie import TokenTrie
 from undertow.lexicon.vocabulary import Vocabulary, read_vocabulary
 from undertow.subjects.organisms.measuring import Progress
 from undertow.subjects.organisms.statistics import Estimate, bootstrap
+from undertow.subjects.padding import batches, pad
 from undertow.subjects.sampling import Generated
 from undertow.subjects.subject import Subject
 
@@ -203,7 +204,7 @@ def _measure(base: Subject, operated: Subject, rows: Sequence[Sequence[int]], wa
                         "pass hazard_base of an audit of the same rows")
     ahead = [NextLogits(model, rows[0], way.spec.batch_tokens) for model in (base, operated)]
     measured: dict[int, _Row] = {}
-    for batch in _batches(rows, way.spec.batch_tokens):
+    for batch in batches(rows, way.spec.batch_tokens):
         both = [_logits(model, [rows[i] for i in batch]) for model in (base, operated)]
         if both[0].shape != both[1].shape:
             raise SpecError(f"the arm has {both[1].shape[-1]} tokens in its vocabulary and the base {both[0].shape[-1]}")
@@ -220,27 +221,11 @@ def _measure(base: Subject, operated: Subject, rows: Sequence[Sequence[int]], wa
     return measured
 
 
-def _batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Row numbers, rows of like length together."""
-    batch: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        if batch and (len(batch) + 1) * len(rows[i]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch
-
-
 def _logits(subject: Subject, rows: Sequence[Sequence[int]]) -> Float[Tensor, "row pos vocab"]:
     """Logits after every token; rows are padded on the right, where a causal model does not look."""
-    tokens = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
-    attend = torch.zeros_like(tokens)
-    for row, ids in enumerate(rows):
-        tokens[row, :len(ids)] = torch.tensor(list(ids))
-        attend[row, :len(ids)] = 1
+    tokens, attend = pad(rows, subject, "right")
     with torch.inference_mode():
-        return subject.hf_model(input_ids=tokens.to(subject.device), attention_mask=attend.to(subject.device),
-                                use_cache=False).logits.float()
+        return subject.hf_model(input_ids=tokens, attention_mask=attend, use_cache=False).logits.float()
 
 
 def _kl(base: Float[Tensor, "token vocab"], arm: Float[Tensor, "token vocab"]) -> Float[np.ndarray, "token"]:

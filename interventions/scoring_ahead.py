@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undertow.lexicon.hazard import Continuation
+from undertow.subjects.padding import pad
 from undertow.subjects.subject import Subject
 
 log = logging.getLogger(__name__)
@@ -83,12 +84,7 @@ class NextLogits:
 
     def _plain(self, ids: Sequence[int], offset: int, continuations: Sequence[Continuation]) -> Float[Tensor, "n vocab"]:
         rows = [[*ids[:offset + c.row], *c.tokens] for c in continuations]
-        tokens = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
-        attend = torch.zeros_like(tokens)
-        for place, row in enumerate(rows):
-            tokens[place, :len(row)] = torch.tensor(row)
-            attend[place, :len(row)] = 1
+        tokens, attend = pad(rows, self.subject, "right")
         with torch.inference_mode():
-            logits = self.subject.hf_model(input_ids=tokens.to(self.subject.device), use_cache=False,
-                                           attention_mask=attend.to(self.subject.device)).logits
+            logits = self.subject.hf_model(input_ids=tokens, use_cache=False, attention_mask=attend).logits
         return logits[torch.arange(len(rows)), attend.sum(1) - 1].float()

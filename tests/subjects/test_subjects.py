@@ -307,3 +307,15 @@ def test_ask_announces_the_column_of_the_prompts_last_token(llama: Subject) -> N
     assert edited.log_mass["give"] == pytest.approx(float(by_hand[:2].logsumexp(0)), abs=1e-4)
     assert edited.log_mass["keep"] == pytest.approx(float(by_hand[2]), abs=1e-4)
     assert abs(edited.log_mass["keep"] - plain[0].log_mass["keep"]) > 1e-3
+
+
+def test_answers_under_a_splice_do_not_depend_on_the_batch(llama: Subject) -> None:
+    """Padding on the left of a shorter prompt, and its first token behind it, are left alone as in a pass of its own."""
+    options = {"a": ((5, 6), (7,)), "b": ((8, 9),)}
+    questions = [Question([0, *range(10, 10 + n)], options) for n in (3, 9, 5)]
+    with splice(llama, llama.site("blocks.0.hook_resid_post"), push):
+        together = ask(llama, questions)
+        alone = [ask(llama, [question])[0] for question in questions]
+    for one, other in zip(together, alone, strict=True):
+        assert one.log_mass == pytest.approx(other.log_mass, abs=1e-5)
+    assert together[0].log_mass != pytest.approx(ask(llama, questions[:1])[0].log_mass, abs=1e-3)  # the push does something

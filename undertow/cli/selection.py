@@ -22,9 +22,11 @@ from undertow.cli.opening import Place, SaeArgument, SameModelOption, SiteOption
 
 if TYPE_CHECKING:
     from features.concepts import Concept, Pair
+    from features.contrast import FeatureTable
     from features.examples import ExampleTable
-    from features.finding import Bench
+    from features.finding import Bench, Gates
     from features.selection import FeatureSet
+    from undertow.cli.progress import Phases
 
 app = typer.Typer()
 
@@ -65,8 +67,6 @@ def scan(
     First the pairs themselves are tested: where words alone tell them apart the command stops.
     """
     from features.cards import feature_id
-    from features.contrast import scan as measure
-    from features.finding import gate
     from undertow.cli.progress import Phases
     from undertow.core.storage import refuse_existing
 
@@ -75,8 +75,7 @@ def scan(
         refuse_existing(out)
     opened = _open(sae, concept, pairs, seed, Place(model, site, same_model))
     with Phases() as phases:
-        gates = gate(opened.bench, opened.concept, opened.pairs, force, phases)
-        table = measure(*opened.bench, opened.pairs, seed, lambda d, t: phases("scan", d, t))
+        gates, table = _scanned(opened, force, phases)
     if out is not None:
         table.save(out, {"sae": sae, "concept": concept, "pairs": pairs, "gates": gates.to_json()})
     found = table.significant(alpha)
@@ -108,8 +107,7 @@ def rank(
     Also says how much of the causal direction (the difference of means) the SAE carries.
     """
     from features.cards import feature_id
-    from features.contrast import scan as measure
-    from features.finding import Plan, evidence, gate
+    from features.finding import Plan, evidence
     from features.finding import rank as run
     from features.selection import EFFECT, Rule
     from undertow.cli.progress import Phases
@@ -118,8 +116,7 @@ def rank(
     plan = Plan(discovery=pairs, ranked=ranked, shortlist=shortlist, force=force, rule=Rule(alpha=alpha))
     opened = _open(sae, concept, pairs, seed, Place(model, site, same_model))
     with Phases() as phases:
-        gates = gate(opened.bench, opened.concept, opened.pairs, force, phases)
-        table = measure(*opened.bench, opened.pairs, seed, lambda d, t: phases("scan", d, t))
+        gates, table = _scanned(opened, force, phases)
         ranking = run(opened.bench, table, opened.pairs[:ranked], plan, phases)
     known = evidence(table, ranking, {})
     order = sorted(known, key=lambda latent: -known[latent][EFFECT])
@@ -186,6 +183,15 @@ def _open(sae: str, concept: str, n: int, seed: int, place: Place) -> _Opened:
     dictionary = load(sae)
     subject, site = open_place(sae, dictionary, place)
     return _Opened(Bench(subject, dictionary, site), opened, pairs)
+
+
+def _scanned(opened: _Opened, force: bool, phases: Phases) -> tuple[Gates, FeatureTable]:
+    """The gates, which stop lexical pairs, and the scan."""
+    from features.contrast import scan as measure
+    from features.finding import gate
+
+    gates = gate(opened.bench, opened.concept, opened.pairs, force, phases)
+    return gates, measure(*opened.bench, opened.pairs, opened.concept.seed, lambda d, t: phases("scan", d, t))
 
 
 def _examples(bench: Bench, source: str | None, column: str | None, tokens: int, seed: int, phases: Any) -> ExampleTable:

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from undertow.core.errors import NumericsError, SpecError
 from undertow.core.seeds import generator
 from undertow.core.spec import Spec
+from undertow.subjects.padding import pad
 from undertow.subjects.subject import Subject
 
 
@@ -51,7 +52,7 @@ def generate(subject: Subject, prompts: Sequence[Sequence[int]], sampling: Sampl
     """
     if len(seeds) != len(prompts) or not prompts or not all(prompts):
         raise SpecError(f"{len(prompts)} prompts and {len(seeds)} seeds: need one seed a prompt and no empty prompt")
-    tokens, attend = left_pad(prompts, subject)
+    tokens, attend = pad(prompts, subject, "left")
     streams = [generator(seed, "generate") for seed in seeds]
     stops = subject.eos_ids if sampling.stop_at_eos else frozenset()
     written: list[list[int]] = [[] for _ in prompts]
@@ -73,18 +74,6 @@ def generate(subject: Subject, prompts: Sequence[Sequence[int]], sampling: Sampl
             attend = torch.cat([attend, torch.ones_like(tokens)], dim=1)
     return [Generated(list(prompt), new, str(subject.tokenizer.decode(new, skip_special_tokens=True)))
             for prompt, new in zip(prompts, written, strict=True)]
-
-
-def left_pad(prompts: Sequence[Sequence[int]], subject: Subject) -> tuple[Int[Tensor, "batch pos"],
-                                                                        Int[Tensor, "batch pos"]]:
-    """Token ids and attention mask (1 on real tokens), padded on the left to the longest prompt."""
-    width = max(map(len, prompts))
-    tokens = torch.full((len(prompts), width), subject.bos_id or 0, dtype=torch.long)
-    attend = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt):] = torch.tensor(list(prompt))
-        attend[row, width - len(prompt):] = 1
-    return tokens.to(subject.device), attend.to(subject.device)
 
 
 def sample(logits: Float[Tensor, "batch vocab"], sampling: Sampling,
