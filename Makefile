@@ -1,24 +1,33 @@
 # Every target makes the virtual environment first, if it is not there or if the requirements changed.
 BIN := .venv/bin
-DEMO := runs/demo-real
+REAL := runs/demo-real
+DEMO := runs/demo
 
-.PHONY: demo demo-real test test-slow check bench clean
+.PHONY: demo demo-real demo-hearth test test-slow check bench clean
 
-demo: demo-real
+demo: demo-real demo-hearth
 
 demo-real: .venv/stamp
 	@echo "This fetches a real model (93 MB) and a real text (6 MB), trains an autoencoder on 400,000 tokens,"
 	@echo "judges it, and shows three of its features: about 15 minutes on 2 cores."
 	$(BIN)/undertow subject fetch smollm2
 	$(BIN)/undertow text fetch brown
-	@if [ -e $(DEMO) ]; then \
-		echo "$(DEMO) is there already: training is skipped. To train again: rm -r $(DEMO)"; \
+	@if [ -e $(REAL) ]; then \
+		echo "$(REAL) is there already: training is skipped. To train again: rm -r $(REAL)"; \
 	else \
 		set -x; $(BIN)/undertow sae train --model smollm2 --site blocks.12.hook_resid_post --width 4096 --k 32 \
-			--text brown --tokens 400000 --out $(DEMO); \
+			--text brown --tokens 400000 --out $(REAL); \
 	fi
-	$(BIN)/undertow sae eval $(DEMO)
-	$(BIN)/undertow features show $(DEMO) --random 3
+	$(BIN)/undertow sae eval $(REAL)
+	$(BIN)/undertow features show $(REAL) --random 3
+
+# Removing the folder runs it again.
+demo-hearth: .venv/stamp
+	@if [ -e $(DEMO) ]; then \
+		echo "$(DEMO) is there already; to run it again: rm -r $(DEMO) $(DEMO)-sae"; \
+	else \
+		set -x; $(BIN)/undertow demo --out $(DEMO); \
+	fi
 
 test: .venv/stamp
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m "not slow"

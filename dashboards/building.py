@@ -109,7 +109,8 @@ def build_store(source: Source, path: Path, cache: Path, phases: Phases | None =
                         architecture=dictionary.architecture, d_in=dictionary.d_in, d_sae=dictionary.d_sae,
                         n_tokens=table.n_tokens, subject=store.record["subject"], site=store.record["site"],
                         subject_digest=store.record["subject_digest"], text_digest=store.record["text_digest"],
-                        massive=store.record["massive"])
+                        massive=store.record["massive"], norm_ceiling=store.record["norm_ceiling"],
+                        chat_template=bool(getattr(source.lens.tokenizer, "chat_template", None)))
     with create_artifact(path, KIND, record) as folder:
         np.save(folder / "tokens.npy", table.tokens, allow_pickle=False)
         np.save(folder / "documents.npy", store.documents.numpy().astype(np.int32), allow_pickle=False)

@@ -94,8 +94,8 @@ class FeaturePage(NamedTuple):
     command: str
 
 
-def feature_page(store: FeatureStore, latent: int, notes: Notes, display: Display) -> FeaturePage:
-    """The page of one feature. Raises DictionaryError if there is none of that number."""
+def feature_page(store: FeatureStore, latent: int, notes: Notes | None, display: Display) -> FeaturePage:
+    """The page of one feature; without `notes` it has no labels. Raises DictionaryError if there is none of that number."""
     detail = store.details[store.known(latent)]
     figures = {name: values[latent].item() for name, values in store.columns.items() if not name.endswith("_token")}
     return FeaturePage(
@@ -104,7 +104,8 @@ def feature_page(store: FeatureStore, latent: int, notes: Notes, display: Displa
         groups=_groups(store, latent, detail, display.width),
         promoted=_tokens(store, detail["promoted"]), suppressed=_tokens(store, detail["suppressed"]),
         logits=_logits(detail), neighbours=_neighbours(store, detail["neighbours"]),
-        labels=notes.labels(store.dictionary, latent), notes=notes.notes(store.dictionary, latent),
+        labels=notes.labels(store.dictionary, latent) if notes else (),
+        notes=notes.notes(store.dictionary, latent) if notes else (),
         command=show_command(store, latent))
 
 

@@ -27,7 +27,7 @@ class Collection(NamedTuple):
 
 def is_store(folder: Path) -> bool:
     """Whether a folder says that it is a feature store (whatever its state)."""
-    return _kind(folder) == KIND
+    return kind_of(folder) == KIND
 
 
 def collect(folder: Path) -> Collection:
@@ -35,7 +35,7 @@ def collect(folder: Path) -> Collection:
     opened: list[FeatureStore] = []
     trouble: list[str] = []
     bare: list[str] = []
-    for inside in _folders(folder, DEPTH):
+    for inside in folders(folder, DEPTH):
         if is_store(inside):
             try:
                 opened.append(open_feature_store(inside))
@@ -64,7 +64,8 @@ def advice(sae: str) -> str:
     return shlex.join(["undertow", "dashboard", "build", sae, "--out", sae.rstrip("/") + "-dashboard"])
 
 
-def _folders(folder: Path, depth: int) -> Iterator[Path]:
+def folders(folder: Path, depth: int) -> Iterator[Path]:
+    """`folder` and what lies up to `depth` levels below it, by path; hidden folders, links and the inside of stores apart."""
     yield folder
     if depth == 0 or is_store(folder):
         return
@@ -74,10 +75,11 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
         return
     for name in inside:
         if not name.startswith("."):
-            yield from _folders(folder / name, depth - 1)
+            yield from folders(folder / name, depth - 1)
 
 
-def _kind(folder: Path) -> str:
+def kind_of(folder: Path) -> str:
+    """The kind of artifact that a folder says it is (whatever its state); "" if none."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return str(manifest["kind"])

@@ -9,18 +9,16 @@ from typing import Any, Literal, NamedTuple, final
 
 from pydantic import Field
 
+from dashboards.models import Models
 from dashboards.passages import Run, level
-from dashboards.store import FeatureStore, build_command
+from dashboards.store import FeatureStore
 from dashboards.table import DENSE
-from features.codes import dictionary_digest
-from features.searching import FoundFeature, Query, SearchResult, search
-from undertow.core.errors import DictionaryError, SpecError, UserError
+from features.searching import FoundFeature, SearchResult, search
+from undertow.core.errors import SpecError, UserError
 from undertow.core.spec import Spec
 
 MAX_PROMPT = 4_000
 WAIT_S = 30.0
-Opener = Callable[[Mapping[str, Any]], Query]
-"""Opens SAE, subject and site from the record of a store."""
 
 
 class BusyError(UserError):
@@ -47,10 +45,11 @@ class Ask(Spec):
     @classmethod
     def read(cls, params: Mapping[str, str]) -> Ask:
         """From an address. Raises SpecError that names the field, or says that the prompt is too long."""
-        if len(params.get("text", "")) > MAX_PROMPT:
-            raise SpecError(f"the prompt has {len(params['text']):,} characters; at most {MAX_PROMPT:,} are read",
+        given = {name: lines(params[name]) for name in cls.model_fields if params.get(name)}
+        if len(given.get("text", "")) > MAX_PROMPT:
+            raise SpecError(f"the prompt has {len(given['text']):,} characters; at most {MAX_PROMPT:,} are read",
                             'shorten it, or read it on the command line: undertow features search SAE "..."')
-        return cls.checked({name: params[name] for name in cls.model_fields if params.get(name)}, "the address")
+        return cls.checked(given, "the address")
 
     def params(self, **changes: Any) -> dict[str, str]:
         """Words of the address, without those at their default."""
@@ -94,36 +93,25 @@ class PromptPage(NamedTuple):
 
 @final
 class Reader:
-    """Reads prompts, one at a time. Raises BusyError if the one before is not done after WAIT_S seconds."""
+    """Reads prompts, one at a time. Raises BusyError if the one before is not done after `wait_s` seconds."""
 
-    def __init__(self, opener: Opener, wait_s: float = WAIT_S) -> None:
-        self._opener, self._wait_s = opener, wait_s
+    def __init__(self, models: Models, wait_s: float = WAIT_S) -> None:
+        self._models, self._wait_s = models, wait_s
         self._slot = threading.Lock()
-        self._opened: dict[str, Query] = {}
 
     def read(self, store: FeatureStore, text: str) -> SearchResult:
-        """All features that fire on `text`.
-
-        Raises DictionaryError if the SAE is no longer the one that the store was built from; any UserError of opening it.
-        """
+        """All features that fire on `text`. Raises any UserError of opening the model."""
         if not self._slot.acquire(timeout=self._wait_s):
             raise BusyError("another prompt is being read", "wait a little and load this page again")
         try:
-            return search(self._query(store), text, store.d_sae)
+            return search(self._models.open(store), text, store.d_sae)
         finally:
             self._slot.release()
 
-    def _query(self, store: FeatureStore) -> Query:
-        known = self._opened.get(store.dictionary)
-        if known is None:
-            known = self._opener(store.record)
-            digest = dictionary_digest(known.dictionary)
-            if digest != store.dictionary:
-                sae = store.record["spec"]["sae"]
-                raise DictionaryError(f"the store is of SAE {store.dictionary}, and {sae} is now {digest}",
-                                      f"build it again: {build_command(store.record)}")
-            self._opened[store.dictionary] = known
-        return known
+
+def lines(text: str) -> str:
+    """Text of a form as it was typed: a browser sends every line's end as CR LF."""
+    return text.replace("\r\n", "\n")
 
 
 def prompt_page(store: FeatureStore, labels: Mapping[int, str], ask: Ask, result: SearchResult) -> PromptPage:

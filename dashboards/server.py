@@ -2,65 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from typing import Any, final
+from collections.abc import Callable
 
-from jinja2 import Environment
 from pydantic import Field
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from dashboards import export_routes, run_routes, surgery_routes
+from dashboards.answering import Dashboard, dashboard_of, json_body, respond, store_of
 from dashboards.feature_page import Display, feature_page, to_json
-from dashboards.finding import Collection, advice
+from dashboards.finding import advice
 from dashboards.guard import Access, Guard
-from dashboards.notes import MAX_LABEL, MAX_NOTE, Notes
-from dashboards.prompting import MAX_PROMPT, Ask, BusyError, Reader, prompt_page
-from dashboards.rendering import STATIC, environment, link
-from dashboards.store import FeatureStore, build_command
+from dashboards.notes import MAX_LABEL, MAX_NOTE
+from dashboards.prompting import MAX_PROMPT, Ask, BusyError, prompt_page
+from dashboards.rendering import STATIC, link
+from dashboards.store import build_command
 from dashboards.table import Query, select
 from dashboards.table_page import table_page
 from undertow.core.errors import DictionaryError, SpecError, StorageError, TextError, UserError
 from undertow.core.spec import Spec
 
 log = logging.getLogger(__name__)
-MAX_BODY = 65_536
 _STATUS = ((BusyError, 503), (DictionaryError, 404), (SpecError, 400), (TextError, 400), (StorageError, 507))
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Dashboard:
-    """What the server shows.
-
-    Attributes:
-        collection: the stores, and what could not be opened.
-        notes: labels, notes and stars.
-        reader: reads prompts.
-        where: the folder that was looked through, in words.
-        templates: the pages' templates.
-    """
-
-    collection: Collection
-    notes: Notes
-    reader: Reader
-    where: str
-    templates: Environment = field(default_factory=environment)
-
-    def store(self, key: str) -> FeatureStore:
-        """The store of that name. Raises HTTPException 404; a name is only ever looked up, never a path."""
-        found = self.collection.stores.get(key)
-        if found is None:
-            raise HTTPException(404, f"no store called {key!r}; those here: {', '.join(self.collection.stores) or 'none'}")
-        return found
 
 
 class _Written(Spec):
@@ -88,6 +58,7 @@ def create_app(dashboard: Dashboard, access: Access) -> Guard:
         Route(feature, _feature), Route(f"{feature}.json", _feature_json),
         Route(f"{feature}/label", _label, methods=["POST"]), Route(f"{feature}/note", _note, methods=["POST"]),
         Route(f"{feature}/star", _star, methods=["POST"]),
+        *surgery_routes.routes(), *run_routes.routes(), *export_routes.routes(),
         Mount("/static", StaticFiles(directory=STATIC), name="static"),
     ]
     app = Starlette(routes=routes, exception_handlers={UserError: _user_error, HTTPException: _http_error, Exception: _bug})
@@ -95,74 +66,61 @@ def create_app(dashboard: Dashboard, access: Access) -> Guard:
     return Guard(app, access)
 
 
-def _dashboard(request: Request) -> Dashboard:
-    return request.app.state.dashboard
-
-
-def _page(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-    dashboard = _dashboard(request)
-    key = request.path_params.get("store", "")
-    store = dashboard.collection.stores.get(key)
-    text = dashboard.templates.get_template(template).render(
-        stores=dashboard.collection.stores, key=key if store else "", store=store, base=f"/s/{key}", **values)
-    return HTMLResponse(text, status)
-
-
 def _home(request: Request) -> Response:
-    found = _dashboard(request).collection
-    return _page(request, "home.html", collection=found, where=_dashboard(request).where,
-                 advice=[advice(sae) for sae in found.bare])
+    found = dashboard_of(request).collection
+    return respond(request, "home.html", collection=found, where=dashboard_of(request).where,
+                   advice=[advice(sae) for sae in found.bare])
 
 
 def _health(request: Request) -> Response:
-    return JSONResponse({"stores": list(_dashboard(request).collection.stores)})
+    return JSONResponse({"stores": list(dashboard_of(request).collection.stores)})
 
 
 def _about(request: Request) -> Response:
-    store = _dashboard(request).store(request.path_params["store"])
-    return _page(request, "about.html", command=build_command(store.record))
+    store = store_of(request)
+    return respond(request, "about.html", command=build_command(store.record))
 
 
 def _features(request: Request) -> Response:
-    dashboard = _dashboard(request)
-    store = dashboard.store(request.path_params["store"])
+    dashboard = dashboard_of(request)
+    store = store_of(request)
     query = Query.read(request.query_params)
     page = table_page(store, dashboard.notes.marks(store.dictionary), query)
-    return _page(request, "features.html", query=query, page=page, words=query.params(page=query.page))
+    return respond(request, "features.html", query=query, page=page, words=query.params(page=query.page))
 
 
 def _feature(request: Request) -> Response:
-    dashboard = _dashboard(request)
-    store, latent = dashboard.store(request.path_params["store"]), request.path_params["latent"]
+    dashboard = dashboard_of(request)
+    store, latent = store_of(request), request.path_params["latent"]
     query, display = Query.read(request.query_params), Display.read(request.query_params)
     page = feature_page(store, latent, dashboard.notes, display)
     marks = dashboard.notes.marks(store.dictionary)
     selection = select(store, marks, query)
-    return _page(request, "feature.html", page=page, query=query, display=display, words=query.params(page=query.page),
-                 around=selection.around(latent), n_passing=len(selection.latents), starred=latent in marks.starred,
-                 label=marks.labels.get(latent, ""), max_label=MAX_LABEL, max_note=MAX_NOTE)
+    return respond(request, "feature.html", page=page, query=query, display=display, words=query.params(page=query.page),
+                   around=selection.around(latent), n_passing=len(selection.latents), starred=latent in marks.starred,
+                   label=marks.labels.get(latent, ""), max_label=MAX_LABEL, max_note=MAX_NOTE)
 
 
 def _feature_json(request: Request) -> Response:
-    dashboard = _dashboard(request)
-    store, latent = dashboard.store(request.path_params["store"]), request.path_params["latent"]
+    dashboard = dashboard_of(request)
+    store, latent = store_of(request), request.path_params["latent"]
     return JSONResponse(to_json(feature_page(store, latent, dashboard.notes, Display.read(request.query_params))))
 
 
 def _prompt(request: Request) -> Response:
-    dashboard = _dashboard(request)
-    store = dashboard.store(request.path_params["store"])
+    dashboard = dashboard_of(request)
+    store = store_of(request)
     ask = Ask.read(request.query_params)
     page = None
     if ask.text.strip():
         labels = dashboard.notes.marks(store.dictionary).labels
         page = prompt_page(store, labels, ask, dashboard.reader.read(store, ask.text))
-    return _page(request, "prompt.html", ask=ask, page=page, max_prompt=MAX_PROMPT)
+    return respond(request, "prompt.html", ask=ask, page=page, max_prompt=MAX_PROMPT)
 
 
 def _go(request: Request) -> Response:
     """To a feature by number, as typed."""
-    store = _dashboard(request).store(request.path_params["store"])
+    store = store_of(request)
     typed = request.query_params.get("latent", "").strip().rpartition(":")[2]
     if not (typed.isascii() and typed.isdigit()):
         raise SpecError(f"{typed!r} is no feature", f"type a number from 0 to {store.d_sae - 1}")
@@ -171,8 +129,8 @@ def _go(request: Request) -> Response:
 
 def _random(request: Request) -> Response:
     """To a feature drawn at random from those that fire and pass the filters."""
-    dashboard = _dashboard(request)
-    store = dashboard.store(request.path_params["store"])
+    dashboard = dashboard_of(request)
+    store = store_of(request)
     query = Query.read(request.query_params)
     selection = select(store, dashboard.notes.marks(store.dictionary), query)
     live = selection.latents[store.columns["count"][selection.latents] > 0]
@@ -196,37 +154,18 @@ async def _star(request: Request) -> Response:
 
 async def _write(request: Request, kind: type[Spec], act: Callable[..., None]) -> Response:
     """Read a small JSON body and act on a feature that exists."""
-    dashboard = _dashboard(request)
-    store = dashboard.store(request.path_params["store"])
+    dashboard = dashboard_of(request)
+    store = store_of(request)
     latent = store.known(request.path_params["latent"])
-    body = kind.checked(_json_object(await _small_body(request.stream())), "the request")
+    body = kind.checked(await json_body(request.stream()), "the request")
     await run_in_threadpool(act, dashboard.notes, store.dictionary, latent, body)
     return JSONResponse({"latent": latent})
-
-
-async def _small_body(stream: AsyncIterator[bytes]) -> bytes:
-    body = b""
-    async for part in stream:
-        body += part
-        if len(body) > MAX_BODY:
-            raise HTTPException(413, f"a request has at most {MAX_BODY:,} bytes")
-    return body
-
-
-def _json_object(body: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(body)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise SpecError("the body of the request is no JSON object")
-    return found
 
 
 def _error(request: Request, status: int, what: str, hint: str) -> Response:
     if request.method == "POST" or request.url.path.endswith(".json"):
         return JSONResponse({"error": what, "hint": hint}, status)
-    return _page(request, "error.html", status, code=status, what=what, hint=hint)
+    return respond(request, "error.html", status, code=status, what=what, hint=hint)
 
 
 def _user_error(request: Request, error: Exception) -> Response:

@@ -93,7 +93,7 @@ def apply(recipe: Recipe, subject: Subject, dictionary: Dictionary, window: Wind
     """
     check(recipe, subject, dictionary)
     edit = FeatureSurgery(dictionary.to(subject.device), recipe.edits, recipe.trigger)
-    placed = _first_window(recipe.window) if window is None else window
+    placed = first_window(recipe.window) if window is None else window
     with splice(subject, subject.site(recipe.site), edit, recipe.norm_ceiling, placed) as counts:
         yield Operated(subject, placed, recipe.window, counts)
 
@@ -122,7 +122,7 @@ def apply_direction(subject: Subject, site: Site, direction: Float[Tensor, "d_mo
     delta = amount * direction.detach().to(subject.device)
     if not bool(torch.isfinite(delta).all()):
         raise NumericsError(f"{amount} times the direction is not finite")
-    rule, placed = ("everywhere", window) if isinstance(window, Window) else (window, _first_window(window))
+    rule, placed = ("everywhere", window) if isinstance(window, Window) else (window, first_window(window))
     with splice(subject, site, _Addition(delta, gate), norm_ceiling, placed) as counts:
         yield Operated(subject, placed, rule, counts)
 
@@ -194,6 +194,6 @@ class _Addition:
         return EditResult(self.delta.expand_as(x), fired)
 
 
-def _first_window(rule: WindowRule) -> Window:
+def first_window(rule: WindowRule) -> Window:
     """Everything, or nothing until the prompt is known."""
     return Window() if rule == "everywhere" else Window(0, 0)

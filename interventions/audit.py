@@ -159,6 +159,24 @@ def audit(subject: Subject, arm: AbstractContextManager[Any], rows: Sequence[Seq
     return Audit(row, columns[0], columns[1], columns[2], float(columns[3].max()), how.tolerance is not None)
 
 
+def logits_after(subject: Subject, rows: Sequence[Sequence[int]], batch_tokens: int = 1_024
+                 ) -> list[Float[Tensor, "token vocab"]]:
+    """Logits after every token of every row but its first, in the order of the rows."""
+    found: dict[int, Tensor] = {}
+    for batch in batches(rows, batch_tokens):
+        logits = _logits(subject, [rows[i] for i in batch])
+        found |= {i: logits[place, 1:len(rows[i])].clone() for place, i in enumerate(batch)}
+    return [found[i] for i in range(len(rows))]
+
+
+def kl_after(base: Sequence[Float[Tensor, "_ vocab"]], arm: Sequence[Float[Tensor, "_ vocab"]]) -> Float[np.ndarray, "token"]:
+    """KL(base‖arm) in nats after every token, from what `logits_after` gave for both on the same rows.
+
+    Raises NumericsError for logits that are not finite.
+    """
+    return np.concatenate([_kl(*pair) for pair in zip(base, arm, strict=True)])
+
+
 def spellings(subject: Subject, lexicon: Lexicon, canonical: bool = False) -> TokenTrie:
     """The trie of a lexicon in a subject's tokens: of all tokenisations, or of those that the tokenizer itself writes."""
     def encode(text: str) -> list[int]:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.architectures import BY_PRICE
 from sae.corpus import Corpus, TokenBatch
 from sae.harvesting import Source, harvest, rows_per_pass, stream
 from sae.training import Trainer, TrainSpec
@@ -75,10 +76,11 @@ def step_contestants(size: StepSize, architecture: str, device: str) -> dict[str
     """
     batches = cycle(list(_synthetic(size, 8)))
     d_in, d_sae, k, batch = size
-    spec = TrainSpec.checked({"d_sae": d_sae, "k": k, "steps": 10_000, "architecture": architecture,
+    sparse = {"penalty": {"coefficient": 1.0}} if architecture in BY_PRICE else {"k": k}
+    spec = TrainSpec.checked({**sparse, "d_sae": d_sae, "steps": 10_000, "architecture": architecture,
                               "batch_size": batch}, "bench")
     trainer = Trainer.begin(spec, next(batches), device)
-    peer = _sae_lens_trainer(size, architecture, device, batches)
+    peer = _sae_lens_trainer(size, spec, device, batches)
     x = next(batches).to(device)
     weight, out = torch.randn(d_in, d_sae, device=device), torch.empty(batch, d_sae, device=device)
     for _ in range(5):  # past the first steps, whose thresholds and optimizer states are being made
@@ -100,14 +102,20 @@ def _synthetic(size: StepSize, n: int) -> Iterator[Float[Tensor, "batch d_in"]]:
         yield torch.nn.functional.embedding_bag(chosen, directions, mode="sum", per_sample_weights=strength) + noise
 
 
-def _sae_lens_trainer(size: StepSize, architecture: str, device: str, batches: Iterator[Tensor]) -> Callable[[Tensor], Any]:
-    """sae-lens' own trainer with its defaults, by its public step."""
-    from sae_lens import BatchTopKTrainingSAEConfig, TopKTrainingSAEConfig, TrainingSAE
+def _sae_lens_trainer(size: StepSize, spec: TrainSpec, device: str, batches: Iterator[Tensor]) -> Callable[[Tensor], Any]:
+    """sae-lens' own trainer with its defaults, by its public step; what sets the sparsity is ours."""
+    import sae_lens
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    config = {"topk": TopKTrainingSAEConfig, "batchtopk": BatchTopKTrainingSAEConfig}[architecture]
-    dictionary = TrainingSAE.from_dict(config(d_in=size.d_in, d_sae=size.d_sae, k=size.k, device=device).to_dict())
+    price, k = spec.penalty.coefficient, {"k": spec.k}
+    name, own = {
+        "topk": ("TopK", k), "batchtopk": ("BatchTopK", k), "standard": ("Standard", {"l1_coefficient": price}),
+        "matryoshka": ("MatryoshkaBatchTopK", {**k, "matryoshka_widths": [*spec.inner_prefixes, size.d_sae]}),
+        "jumprelu": ("JumpReLU", {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": spec.k}),
+        "gated": ("Gated", {"l1_coefficient": price})}[spec.architecture]
+    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=size.d_in, d_sae=size.d_sae, device=device, **own)
+    dictionary = sae_lens.TrainingSAE.from_dict(config.to_dict())
     settings = SAETrainerConfig(total_training_samples=10_000 * size.batch, train_batch_size_samples=size.batch, lr=3e-4,
                                 lr_end=3e-5, device=device)
     return SAETrainer(cfg=settings, sae=dictionary, data_provider=batches).step

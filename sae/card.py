@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from sae.architectures import Penalty
 from sae.dictionary import Provenance
 from sae.spec import RunSpec
 
@@ -13,10 +14,15 @@ def command_of(spec: RunSpec, out: str) -> str:
     """The command line that carries out `spec`; options at their defaults are left out."""
     learn, text = spec.learn, spec.text
     words = ["undertow sae train", f"--model {_word(spec.model)}", f"--site {spec.site}", f"--width {learn.width}",
-             f"--k {learn.k}", f"--text {_word(text.source)}", f"--tokens {spec.tokens}"]
+             *([f"--k {learn.k}"] if learn.k is not None else []), f"--text {_word(text.source)}", f"--tokens {spec.tokens}"]
     optional = {
         "--column": (text.column, None), "--context": (text.context, 256), "--held-out": (text.held_out, 0.05),
-        "--architecture": (learn.architecture, "topk"), "--epochs": (learn.epochs, 3.0), "--lr": (learn.lr, None),
+        "--architecture": (learn.architecture, "topk"), "--sparsity": (learn.penalty.coefficient, None),
+        "--sparsity-warm-up": (learn.penalty.warm_up, Penalty().warm_up),
+        "--bandwidth": (learn.penalty.bandwidth, Penalty().bandwidth),
+        "--prefixes": (learn.prefixes and ",".join(map(str, learn.prefixes)), None),
+        "--normalize": (learn.normalize, "expected_average_only_in"),
+        "--epochs": (learn.epochs, 3.0), "--lr": (learn.lr, None),
         "--batch-size": (learn.batch_size, 2048), "--aux-coefficient": (learn.aux_coefficient, 1 / 32),
         "--eval-tokens": (spec.eval_tokens, 65_536), "--ce-tokens": (spec.ce_tokens, 8_192),
         "--weights": (spec.weights, "float32"), "--seed": (spec.seed, 0),
@@ -49,7 +55,7 @@ def card_markdown(spec: RunSpec, figures: dict[str, Any], provenance: Provenance
     density = "\n".join(f"| {name} | {count:,} |" for name, count in figures["density_histogram"].items())
     return f"""# SAE at {spec.site} of {spec.model}
 
-{spec.learn.architecture}, {spec.learn.width:,} latents, k = {spec.learn.k}. Subject: {spec.model}{variant}, digest
+{spec.learn.describe()}. Subject: {spec.model}{variant}, digest
 `{extra.get('subject_digest', '')}`. Text: {spec.text.source} (training split, digest `{extra.get('text_digest', '')}`),
 {figures['train_tokens']:,} activations seen {spec.learn.epochs:g} times in {figures['steps']:,} steps. Seed {spec.seed}.
 

@@ -1,4 +1,4 @@
-"""Sparse autoencoders as values: weights, one of three activations, and where they belong.
+"""Sparse autoencoders as values: weights, one of four activations, and where they belong.
 
     pre  = (x − b_dec)·W_enc + b_enc            (x itself where `subtract_b_dec` is off)
     f    = activation(pre)
@@ -11,6 +11,7 @@ Nothing here reads or writes files; see `sae.formats`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, assert_never, final, runtime_checkable
 
@@ -87,7 +88,19 @@ class ReLU:
     """Keep what is positive; sae-lens calls this architecture `standard`."""
 
 
-Activation = TopK | JumpReLU | ReLU
+@final
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """Keep exp(r_mag)·(x − b_dec)·W_enc + b_mag, if positive, where the pre-activation is (Rajamanoharan et al. 2024).
+
+    The dictionary's `b_enc` is the bias of the gate (sae-lens' `b_gate`).
+    """
+
+    b_mag: Float[Tensor, "d_sae"]
+    r_mag: Float[Tensor, "d_sae"]
+
+
+Activation = TopK | JumpReLU | ReLU | Gated
 
 
 @runtime_checkable
@@ -184,7 +197,7 @@ class LinearDictionary:
 
     @property
     def architecture(self) -> str:
-        """`topk`, `jumprelu` or `standard`."""
+        """`topk`, `jumprelu`, `standard` or `gated`."""
         match self.activation:
             case TopK():
                 return "topk"
@@ -192,6 +205,8 @@ class LinearDictionary:
                 return "jumprelu"
             case ReLU():
                 return "standard"
+            case Gated():
+                return "gated"
             case _ as never:
                 assert_never(never)
 
@@ -200,6 +215,9 @@ class LinearDictionary:
         named = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
         if isinstance(self.activation, JumpReLU):
             named["threshold"] = self.activation.threshold
+        if isinstance(self.activation, Gated):
+            named["b_gate"] = named.pop("b_enc")
+            named |= {"b_mag": self.activation.b_mag, "r_mag": self.activation.r_mag}
         return named
 
     def pre_activations(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_sae"]:
@@ -208,9 +226,9 @@ class LinearDictionary:
 
     def encode(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_sae"]:
         """Codes of activations, dense: ≥ 0, in the units of the decoder rows."""
-        pre = self.pre_activations(x)
         if not isinstance(self.activation, TopK):
-            return _rectify(pre, self.activation)
+            return _rectify(self._centred(x), self.W_enc, self.b_enc, self.activation)
+        pre = self.pre_activations(x)
         values, latents = _top_k(pre, self.W_dec, self.activation)
         return torch.zeros_like(pre).scatter_(-1, latents, values)
 
@@ -220,10 +238,9 @@ class LinearDictionary:
         TopK needs one dense tensor (the pre-activations); the others need the dense code too. NaN inputs give NaN
         codes, so that they can be named.
         """
-        pre = self.pre_activations(x)
         if not isinstance(self.activation, TopK):
-            return sparse_codes(_rectify(pre, self.activation))
-        values, latents = _top_k(pre, self.W_dec, self.activation)
+            return sparse_codes(self.encode(x))
+        values, latents = _top_k(self.pre_activations(x), self.W_dec, self.activation)
         latents, order = latents.sort(dim=-1)
         values = values.gather(-1, order)
         rows, places = (values != 0).nonzero(as_tuple=True)
@@ -238,10 +255,8 @@ class LinearDictionary:
         latents = known_latents(latents, self.d_sae).to(self.b_dec.device)
         if isinstance(self.activation, TopK):
             return self.encode(x)[:, latents]
-        pre = (self._centred(x) @ self.W_enc[:, latents]).add_(self.b_enc[latents])
-        if isinstance(self.activation, JumpReLU):
-            return _rectify(pre, JumpReLU(self.activation.threshold[latents]))
-        return _rectify(pre, self.activation)
+        activation = _mapped(self.activation, lambda tensor: tensor[latents])
+        return _rectify(self._centred(x), self.W_enc[:, latents], self.b_enc[latents], activation)
 
     def decode(self, f: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_in"]:
         """Reconstruction from dense codes: f·W_dec + b_dec."""
@@ -275,11 +290,7 @@ class LinearDictionary:
 
     def to(self, device: torch.device | str) -> LinearDictionary:
         """The same dictionary on `device`."""
-        activation = self.activation
-        if isinstance(activation, JumpReLU):
-            activation = JumpReLU(activation.threshold.to(device))
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items() if name != "threshold"}
-        return dataclasses.replace(self, **moved, activation=activation)
+        return with_weights(self, lambda tensor: tensor.to(device))
 
     def _centred(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
         if x.shape[-1] != self.d_in:
@@ -302,10 +313,31 @@ def _top_k(pre: Float[Tensor, "token d_sae"], W_dec: Float[Tensor, "d_sae d_in"]
     return values.relu(), latents
 
 
-def _rectify(pre: Float[Tensor, "token k"], activation: JumpReLU | ReLU) -> Float[Tensor, "token k"]:
-    if isinstance(activation, ReLU):
-        return pre.relu()
-    return pre.relu() * (pre > activation.threshold).to(pre.dtype)
+def with_weights(dictionary: LinearDictionary, change: Callable[[Tensor], Tensor]) -> LinearDictionary:
+    """The same dictionary with every weight changed alike: moved, or rounded."""
+    named = {name: change(getattr(dictionary, name)) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    return dataclasses.replace(dictionary, **named, activation=_mapped(dictionary.activation, change))
+
+
+def _mapped(activation: Activation, change: Callable[[Tensor], Tensor]) -> Activation:
+    match activation:
+        case JumpReLU():
+            return JumpReLU(change(activation.threshold))
+        case Gated():
+            return Gated(change(activation.b_mag), change(activation.r_mag))
+        case _:
+            return activation
+
+
+def _rectify(centred: Float[Tensor, "token d_in"], W_enc: Float[Tensor, "d_in k"], b_enc: Float[Tensor, "k"],
+             activation: Activation) -> Float[Tensor, "token k"]:
+    """Codes of some latents, each by itself: any activation but TopK."""
+    pre = (centred @ W_enc).add_(b_enc)
+    if isinstance(activation, JumpReLU):
+        return pre.relu() * (pre > activation.threshold).to(pre.dtype)
+    if isinstance(activation, Gated):
+        return (pre > 0).to(pre.dtype) * (centred @ (W_enc * activation.r_mag.exp()) + activation.b_mag).relu()
+    return pre.relu()
 
 
 def sparse_codes(f: Float[Tensor, "token d_sae"]) -> Codes:
@@ -322,6 +354,14 @@ def known_latents(latents: Int[Tensor, "k"], d_sae: int) -> Int64[Tensor, "k"]:
     return latents.long()
 
 
+def weight_shapes(architecture: str, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight in the file of an architecture; of any weight there is, for an architecture not named."""
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    biases = {"jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag"),
+              "": ("b_enc", "threshold", "b_gate", "b_mag", "r_mag")}.get(architecture, ("b_enc",))
+    return shapes | {name: (d_sae,) for name in biases}
+
+
 def check_weights(tensors: dict[str, Tensor], activation: Activation) -> None:
     """Refuse weights that do not fit each other, k outside 1..d_sae, NaN, infinity, and rows that cannot be rescaled.
 
@@ -332,8 +372,7 @@ def check_weights(tensors: dict[str, Tensor], activation: Activation) -> None:
     if tensors["W_enc"].ndim != 2:
         raise DictionaryError(f"W_enc has shape {tuple(tensors['W_enc'].shape)}, not (d_in, d_sae)")
     d_in, d_sae = tensors["W_enc"].shape
-    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,),
-                "threshold": (d_sae,)}
+    expected = weight_shapes("", d_in, d_sae)
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:
             raise DictionaryError(f"{name} has shape {tuple(tensor.shape)}, not {expected[name]} as W_enc "

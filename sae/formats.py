@@ -1,7 +1,7 @@
 """SAE folders in sae-lens' format: the only place that reads or writes them, and the only door to sae-lens.
 
-A folder holds `cfg.json`, `sae_weights.safetensors` and perhaps `sparsity.safetensors` (log10 firing frequency). Three
-architectures are read without sae-lens, whose import takes seconds: topk, jumprelu and standard. BatchTopK and
+A folder holds `cfg.json`, `sae_weights.safetensors` and perhaps `sparsity.safetensors` (log10 firing frequency). Four
+architectures are read without sae-lens, whose import takes seconds: topk, jumprelu, standard and gated. BatchTopK and
 Matryoshka SAEs are jumprelu on disk. Everything else that sae-lens opens is wrapped.
 
 Computation is in float32 whatever the file's type (float64 stays), as in sae-lens' `from_pretrained`.
@@ -31,6 +31,7 @@ from sae.dictionary import (
     Activation,
     Codes,
     Dictionary,
+    Gated,
     JumpReLU,
     LinearDictionary,
     Provenance,
@@ -39,7 +40,9 @@ from sae.dictionary import (
     known_latents,
     require_finite,
     sparse_codes,
+    weight_shapes,
 )
+from sae.normed import OWN_NORMS, NormedDictionary, linear_part
 from undertow.core.errors import ArtifactError, DictionaryError, NumericsError, near_matches
 from undertow.core.record import run_record
 from undertow.core.storage import MANIFEST, create_artifact, disk_errors, open_artifact, refuse_existing, write_json
@@ -49,11 +52,13 @@ log = logging.getLogger(__name__)
 KIND = "sae"
 CFG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 PACKAGED = Path(__file__).parent / "data"
-NATIVE = ("topk", "jumprelu", "standard")
+NATIVE = ("topk", "jumprelu", "standard", "gated")
 TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
 SAE_LENS = "6.54.12"  # written where sae-lens is not installed; without a version its loader drops all metadata
 FILE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 CFG_DTYPES = ("float32", "float64", "float16", "bfloat16")
+ALIASES = {"hook_in": "hook_resid_pre", "hook_out": "hook_resid_post", "attn.o.hook_in": "attn.hook_z"}
+HEADS_SIDE_BY_SIDE = "hook_z"  # a site whose width is not the subject's: heads × head width
 SAME_MODELS = {"gpt2-small": "gpt2"}
 
 
@@ -67,16 +72,17 @@ class Imported(NamedTuple):
 
 @final
 class SaeLensDictionary:
-    """Any other inference SAE that sae-lens opens, e.g. gated.
+    """Any other inference SAE that sae-lens opens, e.g. abstopk.
 
-    SAEs that scale every input by its own norm or variance are refused: sae-lens keeps the statistics of the last
-    `encode` on the module, so that `decode` would depend on the order of calls; codes alone cannot be decoded.
+    Of these, SAEs that scale every input by its own norm or variance are refused: sae-lens keeps the statistics of the
+    last `encode` on the module, so that `decode` would depend on the order of calls. (Those of `NATIVE` are ours to
+    compute, without such a state: see `sae.normed`.)
     """
 
     def __init__(self, sae: Any, provenance: Provenance) -> None:
         """`sae` is a sae_lens.SAE; it is not typed as one because that import takes seconds."""
         cfg = sae.cfg.to_dict()
-        _refuse_unsupported(cfg)
+        _refuse_unsupported(cfg, native=False)
         require_finite(dict(sae.state_dict()))
         sae.requires_grad_(False)
         sae.turn_off_forward_pass_hook_z_reshaping()  # our activations are flat already
@@ -130,7 +136,10 @@ class SaeLensDictionary:
         self._sae.save_model(folder)
 
 
-def load(path_or_name: str | Path) -> LinearDictionary | SaeLensDictionary:
+Opened = LinearDictionary | NormedDictionary | SaeLensDictionary
+
+
+def load(path_or_name: str | Path) -> Opened:
     """Open an SAE: a folder (ours, digests checked, or sae-lens'), a packaged name, or "release:sae_id" of sae-lens.
 
     Raises:
@@ -147,7 +156,7 @@ def packaged_names() -> list[str]:
     return sorted(cfg.parent.relative_to(PACKAGED).as_posix() for cfg in PACKAGED.rglob(CFG))
 
 
-def save_folder(dictionary: LinearDictionary, folder: Path, dtype: str = "float32",
+def save_folder(dictionary: LinearDictionary | NormedDictionary, folder: Path, dtype: str = "float32",
                 log10_density: Float[Tensor, "d_sae"] | None = None) -> None:
     """Write a folder that both `load` and `sae_lens.SAE.load_from_disk` open, `cfg.json` last.
 
@@ -164,7 +173,7 @@ def save_folder(dictionary: LinearDictionary, folder: Path, dtype: str = "float3
     if (folder / CFG).exists() or (folder / WEIGHTS).exists():
         raise ArtifactError(f"{folder} already holds an SAE", "choose another --out")
     tensors = {name: tensor.detach().to("cpu", FILE_DTYPES[dtype]).contiguous()
-               for name, tensor in dictionary.tensors().items()}
+               for name, tensor in linear_part(dictionary).tensors().items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise NumericsError(f"{name} has values beyond the range of {dtype}", "write the SAE as float32")
@@ -190,7 +199,7 @@ def check_fits(dictionary: Dictionary, subject_name: str, d_model: int, hook_nam
 
     Raises DictionaryError.
     """
-    if dictionary.d_in != d_model:
+    if dictionary.d_in != d_model and not (hook_name or dictionary.provenance.hook_name).endswith(HEADS_SIDE_BY_SIDE):
         raise DictionaryError(f"the SAE reads activations of width {dictionary.d_in}; {subject_name} has {d_model}",
                               _trained_on(dictionary.provenance))
     found = _check_site(dictionary.provenance.hook_name, hook_name)
@@ -219,10 +228,10 @@ def import_sae(source: str | Path, out: Path, subject_name: str, d_model: int, h
             for name in (CFG, WEIGHTS, SPARSITY):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, work / name)
-        elif isinstance(dictionary, LinearDictionary):
-            save_folder(dictionary, work)
-        else:
+        elif isinstance(dictionary, SaeLensDictionary):
             dictionary.save(work)
+        else:
+            save_folder(dictionary, work)
     return Imported(out, dictionary, warnings)
 
 
@@ -244,7 +253,7 @@ def _find_folder(path_or_name: str | Path) -> Path | None:
         near_matches(name, packaged) or f"give a folder with {CFG}, a packaged name, or RELEASE:SAE_ID")
 
 
-def _load_folder(folder: Path) -> LinearDictionary | SaeLensDictionary:
+def _load_folder(folder: Path) -> Opened:
     if (folder / MANIFEST).is_file():
         open_artifact(folder, KIND)
     cfg = _read_cfg(folder)
@@ -265,7 +274,7 @@ def _load_folder(folder: Path) -> LinearDictionary | SaeLensDictionary:
     return _from_sae_lens(sae, provenance, str(folder))
 
 
-def _load_release(name: str) -> LinearDictionary | SaeLensDictionary:
+def _load_release(name: str) -> Opened:
     release, _, sae_id = name.partition(":")
     from sae_lens import SAE  # takes seconds
 
@@ -274,7 +283,7 @@ def _load_release(name: str) -> LinearDictionary | SaeLensDictionary:
     return _from_sae_lens(sae, _provenance(sae.cfg.to_dict()), name)
 
 
-def _from_sae_lens(sae: Any, provenance: Provenance, origin: str) -> LinearDictionary | SaeLensDictionary:
+def _from_sae_lens(sae: Any, provenance: Provenance, origin: str) -> Opened:
     cfg = sae.cfg.to_dict()
     _refuse_unsupported(cfg)
     if cfg["architecture"] in NATIVE:
@@ -328,7 +337,8 @@ def _metadata(cfg: dict[str, Any]) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _refuse_unsupported(cfg: dict[str, Any]) -> None:
+def _refuse_unsupported(cfg: dict[str, Any], native: bool = True) -> None:
+    """`native`: it will be computed by us, if its architecture is one of `NATIVE`."""
     architecture, scaling = str(cfg.get("architecture", "standard")), cfg.get("normalize_activations") or "none"
     if "transcoder" in architecture:
         raise DictionaryError(f"architecture {architecture!r} reads one site and writes another",
@@ -339,9 +349,12 @@ def _refuse_unsupported(cfg: dict[str, Any]) -> None:
     if architecture in TRAINING_ONLY:
         raise DictionaryError(f"architecture {architecture!r} is a training checkpoint, not an inference SAE",
                               "save it with sae-lens' save_inference_model")
-    if scaling in ("layer_norm", "constant_norm_rescale"):
-        raise DictionaryError(f"normalize_activations = {scaling!r}: decoding needs the statistics of each input, "
-                              "so codes alone do not reconstruct", "give an SAE with normalize_activations = 'none'")
+    if scaling in OWN_NORMS:
+        if native and architecture in NATIVE:
+            return
+        raise DictionaryError(f"normalize_activations = {scaling!r}: decoding needs the statistics of each input, and of an "
+                              f"SAE of architecture {architecture!r} sae-lens keeps them between calls",
+                              "give an SAE with normalize_activations = 'none'")
     if scaling != "none":
         raise DictionaryError(f"normalize_activations = {scaling!r}: the factor is not in the folder, so activations "
                               "would be read at a wrong scale", "fold it into the weights with sae-lens and save again")
@@ -364,12 +377,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise DictionaryError(f"{path} is truncated or damaged: {error}", "copy or download it again") from None
 
 
-def _linear(cfg: dict[str, Any], tensors: dict[str, Tensor], provenance: Provenance, origin: str) -> LinearDictionary:
+def _linear(cfg: dict[str, Any], tensors: dict[str, Tensor], provenance: Provenance,
+            origin: str) -> LinearDictionary | NormedDictionary:
     architecture = cfg["architecture"]
     d_in, d_sae = cfg["d_in"], cfg["d_sae"]
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    if architecture == "jumprelu":
-        shapes["threshold"] = (d_sae,)
+    shapes = weight_shapes(architecture, d_in, d_sae)
     missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     if missing or extra:
         problem = f"lacks the tensor {missing[0]!r}" if missing else f"has the unknown tensor {extra[0]!r}"
@@ -384,8 +396,13 @@ def _linear(cfg: dict[str, Any], tensors: dict[str, Tensor], provenance: Provena
         activation = TopK(int(cfg["k"]), bool(cfg.get("rescale_acts_by_decoder_norm", False)))
     if architecture == "jumprelu":
         activation = JumpReLU(weights.pop("threshold"))
-    return LinearDictionary(**weights, activation=activation, provenance=provenance,
+    if architecture == "gated":
+        activation = Gated(weights.pop("b_mag"), weights.pop("r_mag"))
+        weights["b_enc"] = weights.pop("b_gate")
+    made = LinearDictionary(**weights, activation=activation, provenance=provenance,
                             subtract_b_dec=bool(cfg.get("apply_b_dec_to_input", True)))
+    norm = cfg.get("normalize_activations")
+    return NormedDictionary(made, norm) if norm in OWN_NORMS else made
 
 
 def _provenance(cfg: dict[str, Any]) -> Provenance:
@@ -398,22 +415,22 @@ def _provenance(cfg: dict[str, Any]) -> Provenance:
                       extra=extra if isinstance(extra, dict) else {})
 
 
-def _cfg(dictionary: LinearDictionary) -> dict[str, Any]:
+def _cfg(dictionary: LinearDictionary | NormedDictionary) -> dict[str, Any]:
     try:
         version = importlib.metadata.version("sae-lens")
     except importlib.metadata.PackageNotFoundError:
         version = SAE_LENS
-    p = dictionary.provenance
+    p, linear = dictionary.provenance, linear_part(dictionary)
     cfg: dict[str, Any] = {
         "architecture": dictionary.architecture, "d_in": dictionary.d_in, "d_sae": dictionary.d_sae, "dtype": "float32",
-        "device": "cpu", "apply_b_dec_to_input": dictionary.subtract_b_dec, "normalize_activations": "none",
-        "reshape_activations": "none",
+        "device": "cpu", "apply_b_dec_to_input": linear.subtract_b_dec,
+        "normalize_activations": dictionary.norm if isinstance(dictionary, NormedDictionary) else "none",
+        "reshape_activations": HEADS_SIDE_BY_SIDE if p.hook_name.endswith(HEADS_SIDE_BY_SIDE) else "none",
         "metadata": {"sae_lens_version": version, "model_name": p.model_name, "hook_name": p.hook_name,
                      "context_size": p.context_size, "prepend_bos": p.prepend_bos, "undertow": p.extra},
     }
-    if isinstance(dictionary.activation, TopK):
-        cfg |= {"k": dictionary.activation.k,
-                "rescale_acts_by_decoder_norm": dictionary.activation.rescale_by_decoder_norm}
+    if isinstance(linear.activation, TopK):
+        cfg |= {"k": linear.activation.k, "rescale_acts_by_decoder_norm": linear.activation.rescale_by_decoder_norm}
     return cfg
 
 
@@ -426,8 +443,8 @@ def _trained_on(provenance: Provenance) -> str:
 
 def _canonical_hook(name: str) -> str:
     """TransformerLens' aliases by one name."""
-    return re.sub(r"^(blocks\.\d+\.hook_)(in|out)$",
-                  lambda match: match[1] + ("resid_pre" if match[2] == "in" else "resid_post"), name)
+    match = re.fullmatch(r"(blocks\.\d+\.)(.+)", name)
+    return match[1] + ALIASES.get(match[2], match[2]) if match else name
 
 
 def _check_site(own: str, asked: str | None) -> list[str]:

@@ -1,17 +1,18 @@
 """Harvest: subject × text × site → activations, streamed or stored.
 
-One direct forward hook that stops the pass at the site. Position 0, special tokens and padding are left out, and so are
-massive activations: tokens whose norm is above ten times the median of the first shard. They are rare, they carry norms
-two hundred times the median, and they fake every variance figure; they are counted and reported.
+Direct forward hooks, and the pass stops at the last site wanted; several sites are stored from one pass. Position 0,
+special tokens and padding are left out, and so are massive activations: tokens whose norm is above ten times the median of
+the first shard. They are rare, they carry norms two hundred times the median, and they fake every variance figure; they are
+counted and reported.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float
@@ -24,9 +25,9 @@ from undertow.core.errors import ArtifactError, NumericsError, TextError
 from undertow.core.record import run_record
 from undertow.core.spec import digest_json
 from undertow.core.storage import disk_errors, place, require_space, seal, sha256_file, write_json
-from undertow.subjects.sites import Site
+from undertow.subjects.sites import Site, site_width
 from undertow.subjects.subject import Subject
-from undertow.subjects.tapping import tap
+from undertow.subjects.tapping import tap_sites
 
 log = logging.getLogger(__name__)
 SHARD_ROWS = 64
@@ -47,7 +48,7 @@ class Tapped(NamedTuple):
     """One batch of rows and its activations at the site."""
 
     batch: TokenBatch
-    acts: Float[Tensor, "batch pos d_model"]
+    acts: Float[Tensor, "batch pos width"]
 
 
 def rows_per_pass(subject: Subject, context: int) -> int:
@@ -64,13 +65,20 @@ def stream(subject: Subject, site: Site, corpus: Corpus, skip_rows: int = 0) -> 
 
     Raises NumericsError on NaN or infinity at a measured position, naming the row, the position and the document.
     """
+    for tapped in stream_sites(subject, [site], corpus, skip_rows):
+        yield tapped[0]
+
+
+def stream_sites(subject: Subject, sites: Sequence[Site], corpus: Corpus, skip_rows: int = 0) -> Iterator[list[Tapped]]:
+    """As `stream`, at several sites from one pass of the subject; in the order of `sites`."""
     for batch in corpus.batches(rows_per_pass(subject, corpus.spec.context), skip_rows):
-        acts = tap(subject, batch.tokens, site, batch.attend)
-        _require_finite(acts, batch, corpus, site)
-        yield Tapped(batch, acts)
+        taps = tap_sites(subject, batch.tokens, sites, batch.attend)
+        for site, acts in zip(sites, taps, strict=True):
+            _require_finite(acts, batch, corpus, site)
+        yield [Tapped(batch, acts) for acts in taps]
 
 
-def _require_finite(acts: Float[Tensor, "batch pos d_model"], batch: TokenBatch, corpus: Corpus, site: Site) -> None:
+def _require_finite(acts: Float[Tensor, "batch pos width"], batch: TokenBatch, corpus: Corpus, site: Site) -> None:
     bad = ~torch.isfinite(acts).all(dim=-1).cpu() & batch.measured
     if not bad.any():
         return
@@ -115,19 +123,77 @@ def harvest(subject: Subject, site: Site, corpus: Corpus, n_tokens: int, cache: 
         ArtifactError: a stored shard has changed.
         TextError: the text has no token to measure.
     """
-    final = store_folder(subject, site, corpus, n_tokens, cache, dtype)
-    if final.exists():
-        return open_store(final)
-    require_space(cache, n_tokens * subject.d_model * (2 if dtype == "bfloat16" else 4))
-    work = final.with_name(f".{final.name}.partial")
-    source = Source(subject, site, corpus)
-    with disk_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
-        shards = _finished_shards(work)
-        _fill(source, work, shards, n_tokens, progress, dtype)
-        _finish(source, work, shards, n_tokens)
-        place(work, final)
-    return open_store(final)
+    return harvest_sites(subject, [site], corpus, n_tokens, cache, progress, dtype)[0]
+
+
+def harvest_sites(subject: Subject, sites: Sequence[Site], corpus: Corpus, n_tokens: int, cache: Path,
+                  progress: Progress | None = None, dtype: StoreDtype = "bfloat16") -> list[ActivationStore]:
+    """As `harvest`, at several sites: one pass of the subject fills a store each, and those that lie there are left out.
+
+    Memory: one shard a site. Every store is the same as if it had been harvested alone.
+    """
+    folders = [store_folder(subject, site, corpus, n_tokens, cache, dtype) for site in sites]
+    wanted = {folder: site for folder, site in zip(folders, sites, strict=True) if not folder.exists()}
+    width = sum(site_width(subject.blocks, site, subject.d_model) for site in wanted.values())
+    require_space(cache, n_tokens * width * (2 if dtype == "bfloat16" else 4))
+    filling: list[_Filling] = []
+    for folder, site in wanted.items():
+        work = folder.with_name(f".{folder.name}.partial")
+        with disk_errors(work):
+            work.mkdir(parents=True, exist_ok=True)
+            filling.append(_Filling(Source(subject, site, corpus), work, n_tokens, dtype))
+    with disk_errors(cache):
+        _fill(filling, progress)
+        for one, folder in zip(filling, wanted, strict=True):
+            one.finish()
+            place(one.work, folder)
+    return [open_store(folder) for folder in folders]
+
+
+@final
+class _Filling:
+    """A store that is being filled, from wherever an interrupted harvest left it."""
+
+    def __init__(self, source: Source, work: Path, n_tokens: int, dtype: StoreDtype) -> None:
+        self.source, self.work, self.n_tokens = source, work, n_tokens
+        self.dtype: StoreDtype = dtype
+        self.shards = _finished_shards(work)
+        self.pending: list[Tapped] = []
+        self.waiting = 0
+
+    @property
+    def rows(self) -> int:
+        """Token rows that lie in finished shards."""
+        return sum(shard["rows"] for shard in self.shards)
+
+    @property
+    def stored(self) -> int:
+        """Activations in finished shards."""
+        return sum(shard["n"] for shard in self.shards)
+
+    @property
+    def full(self) -> bool:
+        return self.stored >= self.n_tokens
+
+    def add(self, tapped: Tapped) -> None:
+        """Take one pass; rows that an earlier harvest has stored already are let go."""
+        if self.full or tapped.batch.first_row < self.rows:
+            return
+        self.pending.append(tapped)
+        self.waiting += int(tapped.batch.measured.sum())
+        if self.stored + self.waiting >= self.n_tokens or sum(len(t.batch.tokens) for t in self.pending) == SHARD_ROWS:
+            self.write()
+
+    def write(self) -> None:
+        """Make a shard of what is pending."""
+        if self.pending:
+            self.shards.append(_write_shard(self.pending, self.work, self.shards, self.dtype))
+            write_json(self.work / "progress.json", self.shards)
+            self.pending, self.waiting = [], 0
+
+    def finish(self) -> None:
+        """Seal the folder."""
+        _finish(self.source, self.work, self.shards, self.n_tokens)
 
 
 def _finished_shards(work: Path) -> list[dict[str, Any]]:
@@ -144,26 +210,22 @@ def _finished_shards(work: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _fill(source: Source, work: Path, shards: list[dict[str, Any]], n_tokens: int, progress: Progress | None,
-          dtype: StoreDtype) -> None:
-    done = sum(shard["n"] for shard in shards)
-    if done >= n_tokens:
+def _fill(filling: Sequence[_Filling], progress: Progress | None) -> None:
+    open_ = [one for one in filling if not one.full]
+    if not open_:
         return
-    pending: list[Tapped] = []
-    waiting = 0
-    for tapped in stream(*source, skip_rows=sum(shard["rows"] for shard in shards)):
-        pending.append(tapped)
-        waiting += int(tapped.batch.measured.sum())
+    subject, _, corpus = open_[0].source
+    start = min(one.rows for one in open_)
+    for tapped in stream_sites(subject, [one.source.site for one in open_], corpus, start):
+        for one, mine in zip(open_, tapped, strict=True):
+            one.add(mine)
+        last = min(open_, key=lambda one: one.stored + one.waiting)
         if progress is not None:
-            progress(min(done + waiting, n_tokens), n_tokens)
-        if done + waiting >= n_tokens or sum(len(t.batch.tokens) for t in pending) == SHARD_ROWS:
-            shards.append(_write_shard(pending, work, shards, dtype))
-            write_json(work / "progress.json", shards)
-            pending, waiting, done = [], 0, done + shards[-1]["n"]
-            if done >= n_tokens:
-                return
-    if pending:
-        shards.append(_write_shard(pending, work, shards, dtype))
+            progress(min(last.stored + last.waiting, last.n_tokens), last.n_tokens)
+        if last.full:
+            return
+    for one in open_:
+        one.write()
 
 
 def _write_shard(full: list[Tapped], work: Path, shards: list[dict[str, Any]], dtype: StoreDtype) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae.corpus import TokenBatch
 from sae.dictionary import Codes, Dictionary
+from sae.normed import reconstruct
 from undertow.core.errors import TextError
 from undertow.subjects.sites import Site
 from undertow.subjects.splicing import EditResult, splice
@@ -82,8 +83,8 @@ def reconstruction(dictionary: Dictionary, chunks: Iterable[Float[Tensor, "_ d_i
     """Reconstruction figures over a stream of activations; memory is one chunk."""
     total = ReconstructionSum(dictionary.d_in, dictionary.d_sae)
     for x in chunks:
-        codes = dictionary.encode_sparse(x)
-        total.add(x, dictionary.decode_codes(codes, len(x)), codes)
+        recon, codes = reconstruct(dictionary, x)
+        total.add(x, recon, codes)
     return total.result()
 
 
@@ -134,7 +135,7 @@ def loss_table(subject: Subject, site: Site, dictionary: Dictionary, mean: Float
     """
     offset = mean.to(subject.device)
     replacements: dict[str, Replace] = {
-        "recon": lambda x: dictionary.decode_codes(dictionary.encode_sparse(x.float()), len(x)).to(x.dtype),
+        "recon": lambda x: reconstruct(dictionary, x.float())[0].to(x.dtype),
         "mean_ablation": lambda x: offset.to(x.dtype).expand_as(x),
         "zero_ablation": torch.zeros_like,
     }

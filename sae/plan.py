@@ -17,7 +17,7 @@ from sae.spec import RunSpec
 from sae.text import TextSpec
 from sae.training import Trainer
 from undertow.core.errors import TextError
-from undertow.subjects.sites import Site
+from undertow.subjects.sites import Site, site_width
 from undertow.subjects.subject import Subject
 from undertow.subjects.tapping import tap
 
@@ -65,7 +65,8 @@ def make_plan(spec: RunSpec, inputs: Inputs, cache: Path) -> Plan:
     tokens, judged = min(spec.tokens, tokens_of["train"]), min(spec.eval_tokens, tokens_of["held_out"])
     training = spec.learn.train_spec(tokens if tokens_of["train"] > 2 * spec.learn.batch_size
                                      else min(spec.tokens, corpus.count_tokens().measured), spec.seed)
-    x = torch.randn(training.batch_size, subject.d_model)
+    d_in = site_width(subject.blocks, site, subject.d_model)
+    x = torch.randn(training.batch_size, d_in)
     trainer = Trainer.begin(training, x, str(subject.device))
     per_step = _median_s(lambda: trainer.step(x), 3)
     depth = subject.n_layers / (site.layer + 1)
@@ -76,8 +77,8 @@ def make_plan(spec: RunSpec, inputs: Inputs, cache: Path) -> Plan:
         (tokens + judged) * batch.tokens.numel() / measured * per_token,
         train_s=training.steps * per_step,
         judge_s=4 * min(spec.ce_tokens, judged) * per_token * depth * 1.4,  # 1.4: the unembedding, measured on SmolLM2
-        disk_bytes=(tokens + judged) * subject.d_model * 2,
-        memory_bytes=width * (2 * training.batch_size + 8 * subject.d_model))
+        disk_bytes=(tokens + judged) * d_in * 2,
+        memory_bytes=width * (2 * training.batch_size + 8 * d_in))
 
 
 def _median_s(work: Callable[[], Any], times: int) -> float:

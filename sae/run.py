@@ -6,21 +6,23 @@ at the end, whole. The activations lie in the cache and are shared by all runs o
 
 from __future__ import annotations
 
-import dataclasses
+import glob
 import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from sae.card import card_markdown
-from sae.dictionary import JumpReLU, LinearDictionary, Provenance
+from sae.dictionary import LinearDictionary, Provenance, with_weights
 from sae.evaluation import Evaluation, evaluate
 from sae.formats import KIND, save_folder
 from sae.harvesting import Progress, Source, harvest
+from sae.normed import NormedDictionary
 from sae.plan import Inputs
 from sae.sinks import Sink
 from sae.spec import RunSpec
@@ -28,7 +30,7 @@ from sae.store import ActivationStore
 from sae.training import SAMPLE, Trainer
 from undertow.core.errors import ArtifactError, UserError
 from undertow.core.record import run_record
-from undertow.core.storage import create_artifact, disk_errors, refuse_existing, write_json, write_text
+from undertow.core.storage import MANIFEST, create_artifact, disk_errors, refuse_existing, write_json, write_text
 from undertow.subjects.load import variant
 
 SPEC_FILE, CHECKPOINT, LOG = "run.json", "checkpoint.safetensors", "log.jsonl"
@@ -63,7 +65,7 @@ class Result(NamedTuple):
     """A finished run: the folder, the dictionary and its figures."""
 
     path: Path
-    dictionary: LinearDictionary
+    dictionary: LinearDictionary | NormedDictionary
     evaluation: Evaluation
     summary: dict[str, Any]
 
@@ -92,9 +94,9 @@ def claim(out: Path, spec: RunSpec) -> Path:
 def unfinished(out: Path) -> RunSpec:
     """The spec of the run that was interrupted on its way to `out`. Raises ArtifactError if there is none."""
     file = partial_folder(out) / SPEC_FILE
-    if not file.is_file():
-        state = "is finished" if (out / "manifest.json").is_file() else "has never been started"
-        raise ArtifactError(f"nothing to resume: the run {out} {state}")
+    finished = (out / MANIFEST).is_file()
+    if finished or not file.is_file():
+        raise ArtifactError(f"nothing to resume: the run {out} {'is finished' if finished else 'has never been started'}")
     return RunSpec.checked(json.loads(file.read_text(encoding="utf-8")), str(file))
 
 
@@ -107,6 +109,8 @@ def run(spec: RunSpec, inputs: Inputs, out: Path, cache: Path, watch: Watch) -> 
     """
     began = time.perf_counter()
     work = partial_folder(out)
+    for unsealed in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):  # of a process killed while it was saving
+        shutil.rmtree(unsealed, ignore_errors=True)
     try:
         store = harvest(inputs.subject, inputs.site, inputs.train, spec.tokens, cache, _phase("harvest", watch, work))
         trainer = _train(spec, inputs, store, work, watch)
@@ -164,12 +168,17 @@ def _train(spec: RunSpec, inputs: Inputs, store: ActivationStore, work: Path, wa
     return trainer
 
 
-def _rounded(dictionary: LinearDictionary, dtype: str) -> LinearDictionary:
+Trained = LinearDictionary | NormedDictionary
+
+
+def _rounded(dictionary: Trained, dtype: str) -> Trained:
     """The dictionary as it will be read back from a file of `dtype`, so that its figures are those of the file."""
-    weights = {name: tensor.to(getattr(torch, dtype)).float() for name, tensor in dictionary.tensors().items()}
-    threshold = weights.pop("threshold", None)
-    activation = dictionary.activation if threshold is None else JumpReLU(threshold)
-    return dataclasses.replace(dictionary, **weights, activation=activation)
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(getattr(torch, dtype)).float()
+
+    if isinstance(dictionary, NormedDictionary):
+        return replace(dictionary, inner=with_weights(dictionary.inner, rounded))
+    return with_weights(dictionary, rounded)
 
 
 def _provenance(spec: RunSpec, inputs: Inputs, store: ActivationStore, trainer: Trainer) -> Provenance:
@@ -181,7 +190,7 @@ def _provenance(spec: RunSpec, inputs: Inputs, store: ActivationStore, trainer: 
                "norm_ceiling": store.record["norm_ceiling"], "run": spec.model_dump(mode="json")})
 
 
-def _save(spec: RunSpec, inputs: Inputs, dictionary: LinearDictionary, judged: Evaluation, summary: dict[str, Any],
+def _save(spec: RunSpec, inputs: Inputs, dictionary: Trained, judged: Evaluation, summary: dict[str, Any],
           out: Path) -> None:
     figures = {key: value for key, value in summary.items() if key != "path"}
     record = run_record(spec.model_dump(mode="json"), spec.seed, subject_digest=inputs.subject.digest, figures=figures)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from sae.architectures import Architecture, Normalization, Penalty, TrainSpec, check_sparsity
 from sae.text import TextSpec
-from sae.training import TrainSpec
 from undertow.core.errors import TextError
 from undertow.core.spec import Spec
 
@@ -16,12 +16,26 @@ class LearnSpec(Spec):
     """How to learn, on whatever text: everything of TrainSpec but the number of steps, which the text decides."""
 
     width: int = Field(ge=2)
-    k: int = Field(ge=1)
-    architecture: Literal["topk", "batchtopk"] = "topk"
+    k: int | None = Field(default=None, ge=1)
+    architecture: Architecture = "topk"
     epochs: float = Field(default=3.0, gt=0)
     batch_size: int = Field(default=2048, ge=1)
     lr: float | None = Field(default=None, gt=0)
     aux_coefficient: float = Field(default=1 / 32, ge=0)
+    prefixes: tuple[int, ...] | None = None
+    penalty: Penalty = Penalty()
+    normalize: Normalization = "expected_average_only_in"
+
+    @model_validator(mode="after")
+    def _sparse(self) -> LearnSpec:
+        check_sparsity(self.architecture, self.k, self.penalty)
+        return self
+
+    def describe(self) -> str:
+        """In a few words: architecture, width, and what sets the sparsity."""
+        price = self.penalty.coefficient
+        aim = f"k = {self.k}" if self.k is not None else f"price of sparsity {price:g}"
+        return f"{self.architecture}, {self.width:,} latents, {aim}"
 
     def train_spec(self, tokens: int, seed: int) -> TrainSpec:
         """The training spec for `tokens` distinct activations, each seen `epochs` times. Raises TextError below a batch."""
@@ -29,9 +43,8 @@ class LearnSpec(Spec):
             raise TextError(f"the text gives {tokens} activations, fewer than one batch of {self.batch_size}",
                             "give a longer text, or a smaller --batch-size")
         steps = max(1, int(tokens * self.epochs) // self.batch_size)
-        return TrainSpec.checked({"d_sae": self.width, "k": self.k, "steps": steps, "architecture": self.architecture,
-                                  "batch_size": self.batch_size, "lr": self.lr, "seed": seed,
-                                  "aux_coefficient": self.aux_coefficient}, "sae train")
+        same = self.model_dump(exclude={"width", "epochs"})
+        return TrainSpec.checked({**same, "d_sae": self.width, "steps": steps, "seed": seed}, "sae train")
 
 
 class RunSpec(Spec):

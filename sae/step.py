@@ -10,10 +10,18 @@ decoder rows a token (`embedding_bag`), and so is every gradient:
 
 The last line reduces over the batch before the product ("pre-bias gradient"), after Gao et al. 2024 (arXiv 2406.04093),
 whose AuxK loss is here too: dead latents reconstruct what the live ones left, and their gradient reaches the encoder.
+
+Nested prefixes (Matryoshka; Bussmann et al. 2025, arXiv 2503.17547) add the loss of the first F₁ < F₂ < … latents alone.
+The latents between two prefixes are one *share*; each share is decoded once, prefix m is the sum of the first m shares,
+and a latent of share s gets g = Σ_{m ≥ s} g_m. Cost over one prefix: one pass of B·d a share, no further product.
+
+JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435) is as sparse: its pseudo-derivatives live on pairs within half a
+bandwidth of their threshold.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +37,35 @@ class Weights(NamedTuple):
     b_enc: Float[Tensor, "d_sae"]
     W_dec: Float[Tensor, "d_sae d_in"]
     b_dec: Float[Tensor, "d_in"]
+
+
+class JumpWeights(NamedTuple):
+    """Parameters of a JumpReLU dictionary; `threshold` ≥ 0."""
+
+    W_enc: Float[Tensor, "d_sae d_in"]
+    b_enc: Float[Tensor, "d_sae"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_dec: Float[Tensor, "d_in"]
+    threshold: Float[Tensor, "d_sae"]
+
+    @property
+    def linear(self) -> Weights:
+        """All but the thresholds."""
+        return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+
+
+class GatedWeights(NamedTuple):
+    """Parameters of a gated dictionary (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+
+    W_enc: Float[Tensor, "d_sae d_in"]
+    b_gate: Float[Tensor, "d_sae"]
+    b_mag: Float[Tensor, "d_sae"]
+    r_mag: Float[Tensor, "d_sae"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_dec: Float[Tensor, "d_in"]
+
+
+AnyWeights = Weights | JumpWeights | GatedWeights
 
 
 class Active(NamedTuple):
@@ -48,21 +85,41 @@ class AuxK(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Gradients in the order of Weights, and what the step saw.
+    """Gradients in the order of the weights, and what the step saw.
 
     Attributes:
-        grads: of the loss Σ‖recon − x‖²/B (+ AuxK).
-        loss: mean squared error, summed over channels, mean over tokens; the AuxK term not included.
-        aux_loss: the AuxK term, already weighted; 0 without dead latents.
-        active: the chosen pairs.
-        values: their activations, ≥ 0.
+        grads: of the whole loss.
+        loss: ‖recon − x‖², summed over channels, mean over tokens, with all latents.
+        aux_loss: the rest of the loss, weighted: inner prefixes, AuxK, sparsity penalty.
+        fired: latents with a value above zero somewhere in the batch.
+        l0: values above zero a token.
+        smallest: the smallest value above zero; 0 if there is none.
     """
 
-    grads: Weights
+    grads: AnyWeights
     loss: float
     aux_loss: float
-    active: Active
-    values: Float[Tensor, "n"]
+    fired: Bool[Tensor, "d_sae"]
+    l0: float
+    smallest: float
+
+
+class Sparsity(NamedTuple):
+    """The price of L0, the number of active latents a token, in the units of the squared error.
+
+    With a `target` the penalty is coefficient·target·(L0/target − 1)², L0 being the mean of the batch: tokens may differ,
+    as in BatchTopK. Without, it is coefficient·L0.
+    """
+
+    coefficient: float
+    target: float | None
+
+    def of(self, l0: float) -> tuple[float, float]:
+        """(penalty, its derivative by L0)."""
+        if self.target is None:
+            return self.coefficient * l0, self.coefficient
+        off = l0 / self.target - 1
+        return self.coefficient * self.target * off * off, 2 * self.coefficient * off
 
 
 def pre_activations(weights: Weights, x: Float[Tensor, "batch d_in"],
@@ -92,7 +149,11 @@ def batch_top_k(pre: Float[Tensor, "batch d_sae"], k: int, floor: float = 0.0) -
     if len(chosen) > wanted:
         best = pre[chosen[:, 0], chosen[:, 1]].topk(wanted, sorted=False).indices
         chosen = chosen[best.sort().values]
-    tokens, latents = chosen[:, 0].contiguous(), chosen[:, 1].contiguous()
+    return _active(chosen, batch)
+
+
+def _active(pairs: Int[Tensor, "n 2"], batch: int) -> Active:
+    tokens, latents = pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
     counts = torch.bincount(tokens, minlength=batch)
     return Active(tokens, latents, counts.cumsum(0) - counts)
 
@@ -103,7 +164,7 @@ def decode(active: Active, values: Float[Tensor, "n"], W_dec: Float[Tensor, "d_s
 
 
 def sparse_step(weights: Weights, x: Float[Tensor, "batch d_in"], pre: Float[Tensor, "batch d_sae"], active: Active,
-                aux: AuxK | None = None) -> StepResult:
+                aux: AuxK | None = None, prefixes: Sequence[int] = ()) -> StepResult:
     """Loss and gradients of one batch, equal to dense autograd's (see the tests).
 
     Args:
@@ -112,32 +173,98 @@ def sparse_step(weights: Weights, x: Float[Tensor, "batch d_in"], pre: Float[Ten
         pre: their pre-activations by `pre_activations`.
         active: which pairs may fire; a pair with a negative pre-activation has value and gradient 0.
         aux: the auxiliary loss, or None.
+        prefixes: widths F₁ < F₂ < … below d_sae whose reconstructions are judged too.
     """
-    batch = x.shape[0]
-    values = pre[active.tokens, active.latents].clamp(min=0)
+    passed = _through_decoder(weights, x, active, pre[active.tokens, active.latents].clamp(min=0), prefixes)
+    d_pre = passed.d_values.masked_fill(passed.values <= 0, 0.0)
+    return _result(weights, x, pre, (passed, d_pre), aux)
+
+
+def jump_step(weights: JumpWeights, x: Float[Tensor, "batch d_in"], pre: Float[Tensor, "batch d_sae"], bandwidth: float,
+              sparsity: Sparsity, aux: AuxK | None = None) -> StepResult:
+    """Loss and gradients of one batch of a JumpReLU dictionary: squared error + the price of L0 (+ AuxK).
+
+    Values are a = pre·[pre > θ]. Thresholds learn by the paper's pseudo-derivatives with a rectangular kernel of width ε:
+    ∂a/∂θ = −(θ/ε)·[|pre − θ| < ε/2], ∂L0/∂θ = −(1/ε)·[|pre − θ| < ε/2]. Pre-activations get only the true derivative.
+    """
+    active = _active((pre > weights.threshold - bandwidth / 2).nonzero(), len(x))
+    chosen, theta = pre[active.tokens, active.latents], weights.threshold[active.latents]
+    is_open = chosen > theta
+    passed = _through_decoder(weights.linear, x, active, chosen * is_open, ())
+    penalty, slope = sparsity.of(float(is_open.sum()) / len(x))
+    near = (chosen - theta).abs() < bandwidth / 2
+    d_theta = (passed.d_values * theta + slope / len(x)).mul_(near).div_(-bandwidth)
+    result = _result(weights.linear, x, pre, (passed, passed.d_values * is_open), aux)
+    gradient = torch.zeros_like(weights.threshold).index_add_(0, active.latents, d_theta)
+    return result._replace(grads=JumpWeights(*result.grads[:4], gradient), aux_loss=result.aux_loss + penalty)
+
+
+class _Passed(NamedTuple):
+    """Pairs after the decoder. `bags[i]` is the row of `g` that pair i wrote to: its token, in its own share."""
+
+    active: Active
+    values: Float[Tensor, "n"]
+    bags: Int[Tensor, "n"]
+    g: Float[Tensor, "bags d_in"]
+    d_values: Float[Tensor, "n"]
+    error: Float[Tensor, "batch d_in"]
+    inner_loss: float
+
+
+def _through_decoder(weights: Weights, x: Float[Tensor, "batch d_in"], active: Active, values: Float[Tensor, "n"],
+                     prefixes: Sequence[int]) -> _Passed:
+    """Decode, and come back as far as the gradient by every value."""
+    batch, bags = len(x), active.tokens
+    if prefixes:
+        active, values, bags = _by_share(active, values, prefixes, batch)
     with torch.enable_grad():  # only the values carry a gradient: this is the kernel for g·W_dec[j] without a gather
         leaf = values.detach().requires_grad_()
         summed = decode(active, leaf, weights.W_dec)
-        error = summed.detach() + weights.b_dec - x
-        g = error * (2.0 / batch)
-        d_values = torch.autograd.grad(summed, leaf, g)[0].masked_fill(values <= 0, 0.0)
-    # Grouped by latent, the weight gradients are bags of token rows.
-    by_latent = torch.sort(active.latents, stable=True).indices
-    rows = active.tokens[by_latent]
-    counts = torch.bincount(active.latents, minlength=len(weights.b_enc))
+        if prefixes:  # prefix m holds the shares up to m, and a share's gradient is the sum over the prefixes from its own on
+            errors = summed.detach().view(-1, *x.shape).cumsum(dim=0) + (weights.b_dec - x)
+            g = errors.flip(0).cumsum(dim=0).flip(0).mul_(2.0 / batch).view(-1, x.shape[1])
+            error, inner = errors[-1], float(errors[:-1].square().sum()) / batch
+        else:
+            error, inner = summed.detach() + weights.b_dec - x, 0.0
+            g = error * (2.0 / batch)
+        d_values = torch.autograd.grad(summed, leaf, g)[0]
+    return _Passed(active, values, bags, g, d_values, error, inner)
+
+
+def _by_share(active: Active, values: Float[Tensor, "n"], prefixes: Sequence[int],
+              batch: int) -> tuple[Active, Float[Tensor, "n"], Int[Tensor, "n"]]:
+    """The pairs sorted by share and then by token; every (share, token) is one bag."""
+    bounds = torch.tensor(prefixes, device=values.device)
+    bags, order = (torch.bucketize(active.latents, bounds, right=True) * batch + active.tokens).sort(stable=True)
+    counts = torch.bincount(bags, minlength=(len(prefixes) + 1) * batch)
+    return Active(active.tokens[order], active.latents[order], counts.cumsum(0) - counts), values[order], bags
+
+
+def _result(weights: Weights, x: Float[Tensor, "batch d_in"], pre: Float[Tensor, "batch d_sae"],
+            after: tuple[_Passed, Float[Tensor, "n"]], aux: AuxK | None) -> StepResult:
+    """Weight gradients from those of the pre-activations. Grouped by latent, they are bags of token rows."""
+    passed, d_pre = after
+    latents, values = passed.active.latents, passed.values
+    by_latent = torch.sort(latents, stable=True).indices
+    counts = torch.bincount(latents, minlength=len(weights.b_enc))
     starts = counts.cumsum(0) - counts
     centred = x - weights.b_dec
     gradient = Weights(
-        W_enc=F.embedding_bag(rows, centred, starts, mode="sum", per_sample_weights=d_values[by_latent]),
-        b_enc=torch.zeros_like(weights.b_enc).index_add_(0, active.latents, d_values),
-        W_dec=F.embedding_bag(rows, g, starts, mode="sum", per_sample_weights=values[by_latent]),
-        b_dec=g.sum(dim=0))
-    aux_loss = 0.0
+        W_enc=F.embedding_bag(passed.active.tokens[by_latent], centred, starts, mode="sum",
+                              per_sample_weights=d_pre[by_latent]),
+        b_enc=torch.zeros_like(weights.b_enc).index_add_(0, latents, d_pre),
+        W_dec=F.embedding_bag(passed.bags[by_latent], passed.g, starts, mode="sum", per_sample_weights=values[by_latent]),
+        b_dec=passed.g[:len(x)].sum(dim=0))  # the first share is part of every prefix
+    aux_loss = passed.inner_loss
     if aux is not None and len(aux.dead):
-        aux_loss = _add_aux(weights, gradient, pre, -error, centred, aux)
+        aux_loss += _add_aux(weights, gradient, pre, -passed.error, centred, aux)
     gradient.b_dec.sub_(gradient.b_enc @ weights.W_enc)
-    loss = float(error.square().sum()) / batch
-    return StepResult(gradient, loss, aux_loss, active, values)
+    above = values > 0
+    positive = values[above]
+    fired = torch.zeros(len(weights.b_enc), dtype=torch.bool, device=values.device)
+    fired[latents[above]] = True
+    return StepResult(gradient, float(passed.error.square().sum()) / len(x), aux_loss, fired, len(positive) / len(x),
+                      float(positive.min()) if len(positive) else 0.0)
 
 
 def _add_aux(weights: Weights, gradient: Weights, pre: Float[Tensor, "batch d_sae"],
@@ -153,13 +280,18 @@ def _add_aux(weights: Weights, gradient: Weights, pre: Float[Tensor, "batch d_sa
     fired = torch.zeros_like(dead_pre).scatter_(1, best.indices, best.values.clamp(min=0))
     decoder = weights.W_dec[aux.dead]
     difference = fired @ decoder - residual
-    weight = aux.coefficient * min(len(aux.dead) / aux.k, 1.0)
+    weight = aux_weight(aux)
     g = difference * (2.0 * weight / batch)
     d_fired = (g @ decoder.T).masked_fill(fired <= 0, 0.0)
     gradient.W_dec.index_add_(0, aux.dead, fired.T @ g)
     gradient.W_enc.index_add_(0, aux.dead, d_fired.T @ centred)
     gradient.b_enc.index_add_(0, aux.dead, d_fired.sum(dim=0))
     return weight * float(difference.square().sum()) / batch
+
+
+def aux_weight(aux: AuxK) -> float:
+    """The coefficient of the AuxK loss, less where fewer than k latents are dead."""
+    return aux.coefficient * min(len(aux.dead) / aux.k, 1.0)
 
 
 def unit_decoder_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
@@ -170,10 +302,3 @@ def unit_decoder_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
 def tangent_(gradient: Float[Tensor, "d_sae d_in"], W_dec: Float[Tensor, "d_sae d_in"]) -> None:
     """Remove from every row's gradient the part along the (unit) row, in place: it would only change the norm."""
     gradient.addcmul_((gradient * W_dec).sum(dim=1, keepdim=True), W_dec, value=-1)
-
-
-def fired_latents(active: Active, values: Float[Tensor, "n"], d_sae: int) -> Bool[Tensor, "d_sae"]:
-    """Latents with a value above zero somewhere in the batch."""
-    fired = torch.zeros(d_sae, dtype=torch.bool, device=values.device)
-    fired[active.latents[values > 0]] = True
-    return fired

@@ -2,6 +2,7 @@
 
 One dial sets most: the width. Learning rate, warm-up, decay, and the age at which a latent counts as dead are derived.
 Activations are scaled by one number so that their mean norm is √d_in; it is folded away in the dictionary that comes out.
+Which latents may fire, and at what price, is the architecture's (`sae.architectures`); all else is the same for all.
 """
 
 from __future__ import annotations
@@ -11,23 +12,28 @@ import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Float
-from pydantic import Field, model_validator
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae.dictionary import JumpReLU, LinearDictionary, Provenance, TopK
+from sae.architectures import BY_BATCH, BY_PRICE, TrainSpec, weights_of
+from sae.dense import gated_step, standard_step
+from sae.dictionary import Gated, JumpReLU, LinearDictionary, Provenance, ReLU, TopK
+from sae.normed import NormedDictionary, normalise
 from sae.step import (
-    Active,
+    AnyWeights,
     AuxK,
+    GatedWeights,
+    JumpWeights,
+    Sparsity,
     StepResult,
     Weights,
     batch_top_k,
-    fired_latents,
+    jump_step,
     pre_activations,
     sparse_step,
     tangent_,
@@ -36,44 +42,9 @@ from sae.step import (
 )
 from undertow.core.errors import ArtifactError, NumericsError, SpecError, TextError
 from undertow.core.seeds import generator
-from undertow.core.spec import Spec
 from undertow.core.storage import disk_errors
 
 SAMPLE = 8192  # activations that set the scale and the first b_dec
-
-
-class TrainSpec(Spec):
-    """How to train one dictionary. Fields left None are derived; see the properties."""
-
-    d_sae: int = Field(ge=2)
-    k: int = Field(ge=1)
-    steps: int = Field(ge=1)
-    architecture: Literal["topk", "batchtopk"] = "topk"
-    batch_size: int = Field(default=2048, ge=1)
-    lr: float | None = Field(default=None, gt=0)
-    aux_coefficient: float = Field(default=1 / 32, ge=0)
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _sparse(self) -> TrainSpec:
-        if self.k >= self.d_sae:
-            raise ValueError(f"k = {self.k} must be below the width {self.d_sae}")
-        return self
-
-    @property
-    def peak_lr(self) -> float:
-        """Learning rate after warm-up: as given, else 4e-4·√(16384/d_sae)."""
-        return self.lr if self.lr is not None else 4e-4 * math.sqrt(16384 / self.d_sae)
-
-    @property
-    def dead_after(self) -> int:
-        """Tokens without a firing after which a latent is dead: a twentieth of the run, at most 10 million."""
-        return min(10_000_000, max(self.batch_size, self.steps * self.batch_size // 20))
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of step `step` (0-based): linear warm-up over 5 %, linear decay to zero over the last 30 %."""
-        warm, cool = max(1, self.steps // 20), max(1, self.steps * 3 // 10)
-        return self.peak_lr * min(1.0, (step + 1) / warm, (self.steps - step) / cool)
 
 
 class StepReport(NamedTuple):
@@ -95,29 +66,40 @@ class Trainer:
     weights as not having stopped.
     """
 
-    def __init__(self, spec: TrainSpec, weights: Weights, scale: float) -> None:
+    def __init__(self, spec: TrainSpec, weights: AnyWeights, scale: float) -> None:
         self.spec, self.scale, self.step_number = spec, scale, 0
-        self.weights = Weights(*(torch.nn.Parameter(w, requires_grad=True) for w in weights))
+        self.weights = type(weights)(*(torch.nn.Parameter(w, requires_grad=True) for w in weights))
         self.threshold = 0.0  # BatchTopK's running mean of the smallest active value, in scaled units
-        self.idle = torch.zeros(spec.d_sae, dtype=torch.int64, device=weights.b_enc.device)  # tokens since it fired
+        self.idle = torch.zeros(spec.d_sae, dtype=torch.int64, device=weights.b_dec.device)  # tokens since it fired
         self._optimizer = torch.optim.Adam(list(self.weights), lr=spec.peak_lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self._rows_are_unit = spec.architecture not in BY_PRICE
         self._pre: Tensor | None = None
 
     @classmethod
     def begin(cls, spec: TrainSpec, sample: Float[Tensor, "token d_in"], device: str = "cpu") -> Trainer:
         """A fresh run: unit random decoder rows, the encoder their transpose, b_dec the mean of `sample`.
 
+        Rows that are free in size begin at a tenth, so that thousands of open latents do not overshoot. JumpReLU's thresholds
+        begin where they let through the wanted number of latents on the sample.
         Raises NumericsError if the sample is not finite or is all zero.
         """
         d_in = sample.shape[1]
         norm = float(sample.norm(dim=1).mean())
         if not math.isfinite(norm) or norm == 0:
             raise NumericsError(f"the first {len(sample)} activations have mean norm {norm}", "check the site and the text")
-        scale = math.sqrt(d_in) / norm
+        scale = math.sqrt(d_in) / norm if spec.normalize == "expected_average_only_in" else 1.0
         rows = torch.randn(spec.d_sae, d_in, generator=generator(spec.seed, "init"))
         unit_decoder_(rows)
-        weights = Weights(rows.clone(), torch.zeros(spec.d_sae), rows, sample.mean(dim=0) * scale)
-        return cls(spec, Weights(*(w.to(device) for w in weights)), scale)
+        rows *= 0.1 if spec.architecture in BY_PRICE else 1.0
+        seen = normalise(sample, "layer_norm").z if spec.normalize == "layer_norm" else sample * scale
+        zeros = torch.zeros(spec.d_sae)
+        linear = Weights(rows.clone(), zeros, rows, seen.mean(dim=0))
+        weights: AnyWeights = linear
+        if spec.architecture == "gated":
+            weights = GatedWeights(linear.W_enc, zeros, zeros.clone(), zeros.clone(), rows, linear.b_dec)
+        if spec.architecture == "jumprelu":
+            weights = JumpWeights(*linear, _first_threshold(spec, linear, seen))
+        return cls(spec, type(weights)(*(w.to(device) for w in weights)), scale)
 
     @property
     def finished(self) -> bool:
@@ -125,63 +107,88 @@ class Trainer:
 
     def step(self, batch: Float[Tensor, "batch d_in"]) -> StepReport:
         """One optimizer step. Raises NumericsError, naming the row, if the batch is not finite."""
-        weights = Weights(*(w.detach() for w in self.weights))
-        x = batch.to(weights.b_dec.device, weights.b_dec.dtype) * self.scale
+        weights = type(self.weights)(*(w.detach() for w in self.weights))
+        x = batch.to(weights.b_dec.device, weights.b_dec.dtype)
         with torch.no_grad():
-            if self._pre is None or self._pre.shape[0] != len(x):
-                self._pre = torch.empty(len(x), self.spec.d_sae, dtype=x.dtype, device=x.device)
-            pre = pre_activations(weights, x, self._pre)
-            active = self._choose(pre)
+            x = normalise(x, "layer_norm").z if self.spec.normalize == "layer_norm" else x * self.scale
             dead = (self.idle >= self.spec.dead_after).nonzero()[:, 0]
-            aux = AuxK(dead, max(1, x.shape[1] // 2), self.spec.aux_coefficient) if self.spec.aux_coefficient else None
-            result = sparse_step(weights, x, pre, active, aux)
+            result = self._differentiate(weights, x, dead)
             if not math.isfinite(result.loss):
                 _name_bad_row(batch, self.step_number)
-            tangent_(result.grads.W_dec, weights.W_dec)
+            if self._rows_are_unit:
+                tangent_(result.grads.W_dec, weights.W_dec)
+            else:
+                _clip(result.grads)
             lr = self._update(weights, result)
             self._count(result, len(x))
         variance = float((x - x.mean(dim=0)).square().sum()) / len(x)
-        l0 = float((result.values > 0).sum()) / len(x)
-        return StepReport(result.loss, result.aux_loss, result.loss / max(variance, 1e-30), l0,
+        return StepReport(result.loss, result.aux_loss, result.loss / max(variance, 1e-30), result.l0,
                           len(dead) / self.spec.d_sae, lr)
 
-    def _choose(self, pre: Float[Tensor, "batch d_sae"]) -> Active:
-        if self.spec.architecture == "topk":
-            return top_k(pre, self.spec.k)
-        return batch_top_k(pre, self.spec.k, floor=0.7 * self.threshold)
+    def _differentiate(self, weights: AnyWeights, x: Float[Tensor, "batch d_in"], dead: Int[Tensor, "dead"]) -> StepResult:
+        """Loss and gradients by the architecture's rule."""
+        spec = self.spec
+        aux = AuxK(dead, max(1, x.shape[1] // 2), spec.aux_coefficient) if spec.aux_coefficient else None
+        price = (spec.penalty.coefficient or float(x.square().sum()) / len(x)) * spec.warmth(self.step_number)
+        if isinstance(weights, GatedWeights):
+            return gated_step(weights, x, price, aux)
+        if spec.architecture == "standard" and isinstance(weights, Weights):
+            return standard_step(weights, x, price, aux)
+        if self._pre is None or self._pre.shape[0] != len(x):
+            self._pre = torch.empty(len(x), spec.d_sae, dtype=x.dtype, device=x.device)
+        if isinstance(weights, JumpWeights):
+            pre = pre_activations(weights.linear, x, self._pre)
+            return jump_step(weights, x, pre, spec.penalty.bandwidth, Sparsity(price, spec.k), aux)
+        pre = pre_activations(weights, x, self._pre)
+        by_batch = spec.architecture in BY_BATCH
+        active = batch_top_k(pre, spec.active, 0.7 * self.threshold) if by_batch else top_k(pre, spec.active)
+        return sparse_step(weights, x, pre, active, aux, spec.inner_prefixes)
 
-    def _update(self, weights: Weights, result: StepResult) -> float:
+    def _update(self, weights: AnyWeights, result: StepResult) -> float:
         lr = self.spec.lr_at(self.step_number)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         for parameter, gradient in zip(self.weights, result.grads, strict=True):
             parameter.grad = gradient
         self._optimizer.step()
-        unit_decoder_(weights.W_dec)
+        if self._rows_are_unit:
+            unit_decoder_(weights.W_dec)
+        if isinstance(weights, JumpWeights):
+            weights.threshold.clamp_(min=0)  # below zero it would let negative pre-activations through
         return lr
 
     def _count(self, result: StepResult, tokens: int) -> None:
         self.idle += tokens
-        self.idle[fired_latents(result.active, result.values, self.spec.d_sae)] = 0
+        self.idle[result.fired] = 0
         self.step_number += 1
-        positive = result.values[result.values > 0]
-        if self.spec.architecture == "batchtopk" and len(positive):
-            smallest = float(positive.min())
-            self.threshold = smallest if self.threshold == 0 else 0.99 * self.threshold + 0.01 * smallest
+        if self.spec.architecture in BY_BATCH and result.smallest:
+            first = self.threshold == 0
+            self.threshold = result.smallest if first else 0.99 * self.threshold + 0.01 * result.smallest
 
-    def dictionary(self, provenance: Provenance) -> LinearDictionary:
-        """The dictionary as it stands, in the units of the activations given; BatchTopK becomes JumpReLU."""
-        W_enc, b_enc, W_dec, b_dec = (w.detach().cpu().clone() for w in self.weights)
-        if self.spec.architecture == "topk":
-            activation = TopK(self.spec.k)
-        else:
-            activation = JumpReLU(torch.full((self.spec.d_sae,), self.threshold / self.scale))
-        return LinearDictionary(W_enc.T.contiguous(), b_enc / self.scale, W_dec, b_dec / self.scale, activation, provenance)
+    def dictionary(self, provenance: Provenance) -> LinearDictionary | NormedDictionary:
+        """The dictionary as it stands, in the units of the activations given; those chosen by batch become JumpReLU."""
+        kept = type(self.weights)(*(w.detach().cpu().clone() for w in self.weights))
+        kept = kept if self._rows_are_unit else _with_unit_rows(kept)
+        match kept:
+            case GatedWeights():
+                bias, activation = kept.b_gate, Gated(kept.b_mag / self.scale, kept.r_mag)
+            case JumpWeights():
+                bias, activation = kept.b_enc, JumpReLU(kept.threshold / self.scale)
+            case Weights():
+                bias, activation = kept.b_enc, JumpReLU(torch.full((self.spec.d_sae,), self.threshold / self.scale))
+                if self.spec.architecture == "topk":
+                    activation = TopK(self.spec.active)
+                if self.spec.architecture == "standard":
+                    activation = ReLU()
+        made = LinearDictionary(kept.W_enc.T.contiguous(), bias / self.scale, kept.W_dec, kept.b_dec / self.scale, activation,
+                                provenance)
+        return NormedDictionary(made, "layer_norm") if self.spec.normalize == "layer_norm" else made
 
     def save(self, path: Path) -> None:
         """Write a checkpoint (one safetensors file, whole or not at all)."""
-        tensors = {name: w.detach() for name, w in zip(Weights._fields, self.weights, strict=True)}
-        for name, parameter in zip(Weights._fields, self.weights, strict=True):
+        named = self.weights._asdict()
+        tensors = {name: w.detach() for name, w in named.items()}
+        for name, parameter in named.items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{name}.{key}"] = value
         tensors["idle"] = self.idle
@@ -204,14 +211,38 @@ class Trainer:
             raise ArtifactError(f"checkpoint {path} cannot be read: {error}") from error
         spec = TrainSpec.checked(json.loads(facts["spec"]), str(path))
         scale, threshold = tensors["scalars"].tolist()
-        run = cls(spec, Weights(*(tensors[name] for name in Weights._fields)), scale)
+        kind = weights_of(spec.architecture)
+        run = cls(spec, kind(*(tensors[name] for name in kind._fields)), scale)
         run.threshold, run.idle, run.step_number = threshold, tensors["idle"], int(facts["step"])
-        for name, parameter in zip(Weights._fields, run.weights, strict=True):
+        for name, parameter in run.weights._asdict().items():
             prefix = f"adam.{name}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if state:
                 run._optimizer.state[parameter] = state
         return run
+
+
+def _clip(gradients: AnyWeights) -> None:
+    """Scale gradients to norm 1 at most, in place. The first are huge where all latents are open, and Adam remembers them."""
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+    if norm > 1:
+        for gradient in gradients:
+            gradient.div_(norm)
+
+
+def _with_unit_rows(weights: AnyWeights) -> AnyWeights:
+    """The same function with decoder rows of norm 1: their sizes go into the codes."""
+    norms = weights.W_dec.norm(dim=1).clamp(min=1e-12)
+    named = {name: getattr(weights, name) * norms for name in ("b_enc", "b_gate", "b_mag") if name in weights._fields}
+    return weights._replace(W_enc=weights.W_enc * norms[:, None], W_dec=weights.W_dec / norms[:, None], **named)
+
+
+def _first_threshold(spec: TrainSpec, weights: Weights, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "d_sae"]:
+    """One threshold for all latents, above which k of them lie on average (a sixteenth of the width where no k is given)."""
+    pre = pre_activations(weights, x[:1024])
+    wanted = spec.k or max(1, spec.d_sae // 16)
+    level = float(pre.flatten().topk(len(pre) * wanted).values[-1])
+    return torch.full((spec.d_sae,), max(level, 0.0))
 
 
 def _name_bad_row(batch: Float[Tensor, "batch d_in"], step: int) -> None:
@@ -238,7 +269,7 @@ def rebatch(activations: Iterable[Float[Tensor, "_ d_in"]], size: int) -> Iterat
 
 
 def train(activations: Iterable[Float[Tensor, "_ d_in"]], spec: TrainSpec,
-          provenance: Provenance | None = None, device: str = "cpu") -> LinearDictionary:
+          provenance: Provenance | None = None, device: str = "cpu") -> LinearDictionary | NormedDictionary:
     """Train on any iterable of activation tensors (rows are tokens) until the spec's steps are done.
 
     The activations are used in the order given: shuffle them first (`ActivationStore.batches` does).

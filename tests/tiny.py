@@ -46,15 +46,15 @@ def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     return made
 
 
-def model(architecture: str, vocab: int, seed: int = 0) -> PreTrainedModel:
+def model(architecture: str, vocab: int, seed: int = 0, positions: int = 256) -> PreTrainedModel:
     """A random model: 3 blocks of width 32, large enough weights that the logits differ clearly."""
     torch.manual_seed(seed)
     common = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     llama = {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "intermediate_size": 64, "max_position_embeddings": 256, "initializer_range": 0.15}
+             "intermediate_size": 64, "max_position_embeddings": positions, "initializer_range": 0.15}
     made: PreTrainedModel
     if architecture == "gpt2":
-        made = GPT2LMHeadModel(GPT2Config(n_embd=D_MODEL, n_layer=N_LAYERS, n_head=4, n_positions=256,
+        made = GPT2LMHeadModel(GPT2Config(n_embd=D_MODEL, n_layer=N_LAYERS, n_head=4, n_positions=positions,
                                           initializer_range=0.15, **common))
     elif architecture == "llama":
         made = LlamaForCausalLM(LlamaConfig(**llama, **common))

@@ -122,6 +122,58 @@ def test_import_and_batchtopk(folder: Path, run: Run, tmp_path: Path) -> None:
     assert again.json["fvu"] == pytest.approx(json.loads((out / "evaluation.json").read_text())["fvu"], rel=1e-4)
 
 
+@pytest.mark.parametrize("options", [
+    ["--architecture", "matryoshka", "--prefixes", "8,32"], ["--architecture", "jumprelu", "--bandwidth", "0.5"],
+    ["--architecture", "gated", "--sparsity", "0.5"], ["--architecture", "standard", "--sparsity", "0.5"],
+    ["--normalize", "layer_norm"], ["--site", "blocks.1.attn.hook_z"]], ids=lambda options: options[-1])
+def test_architectures_norms_and_sites(options: list[str], folder: Path, run: Run, tmp_path: Path) -> None:
+    """Trained, judged again with the same figures, and its card names the command that makes it again."""
+    priced = "--sparsity" in options
+    words = [word for i, word in enumerate(SMALL) if not (priced and (word == "--k" or SMALL[i - 1] == "--k"))]
+    trained = run("sae", "train", "--model", folder / "llama", "--text", folder / "text.jsonl", *words, *options, "--out",
+                  tmp_path / "run", "--json")
+    assert trained.code == 0, trained.err
+    judged = run("sae", "eval", tmp_path / "run", "--json")
+    assert judged.code == 0, judged.err
+    for name in ("fvu", "l0", "ce_recon", "dead_share"):
+        assert judged.json[name] == pytest.approx(trained.json[name], rel=1e-4), name
+    assert 0 < judged.json["fvu"] < 1.2
+    card = (tmp_path / "run" / "card.md").read_text()
+    assert " ".join(options) in card
+    assert ("price of sparsity 0.5" if priced else "k = 4") in card
+
+
+def test_a_grid_and_its_comparison(folder: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "grid"
+    words = ["sae", "train", "--model", folder / "llama", "--text", folder / "text.jsonl", *SMALL, "--width", "64,96", "--k",
+             "4,8", "--seeds", "2", "--epochs", "1", "--out", out]
+    trained = run(*words, "--json")
+    assert trained.code == 0, trained.err
+    assert len(trained.json["runs"]) == 8
+    assert "8 SAEs of" in trained.err and "one harvest" in trained.err  # the cost is said beforehand
+    best = min(trained.json["runs"], key=lambda row: row["fvu"])
+    assert best["k"] == 8
+    assert_refused(run("sae", "resume", out), "is finished")
+    assert_refused(run(*words), "exists and is not empty")
+
+    page = tmp_path / "page.html"
+    found = run("sae", "compare", out, folder / "sae", "--eval-tokens", "200", "--ce-tokens", "200", "--out", page, "--json")
+    assert found.code == 0, found.err
+    assert [line["name"] for line in found.json["saes"]] == [*(row["name"] for row in trained.json["runs"]), "sae"]
+    first, row = found.json["saes"][0], trained.json["runs"][0]
+    for name in ("fvu", "l0", "dead_share", "ce_recovered"):
+        assert first[name] == pytest.approx(row[name], rel=1e-4)
+    assert found.json["overlap"][0][0]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert found.json["overlap"][0][1]["cosine"] < 1
+    assert "<svg" in page.read_text()
+    readable = run("sae", "compare", out / "w64-k4-s0", out / "w64-k4-s1", "--recorded")
+    assert readable.code == 0, readable.err
+    assert "w64-k4-s1" in readable.out and f"{row['fvu']:.4f}" in readable.out
+    assert_refused(run("sae", "compare", folder / "sae"), "nothing to compare")
+    assert_refused(run("sae", "compare", out, "--out", page), "page.html exists")
+    assert_refused(run("sae", "compare", folder / "sae", tmp_path / "nothing"), "no SAE called")
+
+
 def test_the_same_seed_gives_the_same_file(folder: Path, run: Run, tmp_path: Path) -> None:
     words = ("sae", "train", "--model", folder / "llama", "--text", folder / "text.jsonl", *SMALL)
     assert run(*words, "--out", tmp_path / "a").code == 0
@@ -168,7 +220,13 @@ BAD = {
     "unknown site": Bad({"--site": "blocks.1.hook_resid_pst"},
                         ("unknown site 'blocks.1.hook_resid_pst'", "did you mean blocks.1.hook_resid_post")),
     "layer out of range": Bad({"--site": "blocks.3.hook_resid_post"}, ("'blocks.3.hook_resid_post'", "layer from 0 to 2")),
-    "unknown architecture": Bad({"--architecture": "topkk"}, ("learn.architecture = 'topkk'", "'topk' or 'batchtopk'")),
+    "unknown architecture": Bad({"--architecture": "topkk"}, ("learn.architecture = 'topkk'", "'topk', 'batchtopk'")),
+    "a price where k decides": Bad({"--sparsity": "2"}, ("topk has no price of sparsity",)),
+    "no price": Bad({"--architecture": "gated", "--k": None}, ("gated needs a price of sparsity", "--sparsity 1")),
+    "prefixes of topk": Bad({"--prefixes": "8,16"}, ("prefixes are matryoshka's",)),
+    "a width twice": Bad({"--width": "64,64"}, ("--width '64,64' names a value twice",)),
+    "a grid with a bad run": Bad({"--width": "64,4"}, ("k = 4 must be below the width 4",)),
+    "a grid with a bad site": Bad({"--site": f"{SITE},blocks.1.hook_mlp_ot"}, ("did you mean blocks.1.hook_mlp_out",)),
     "k as wide as the SAE": Bad({"--k": "64"}, ("k = 64 must be below the width 64",)),
     "not a number": Bad({"--width": "many"}, ("many", "undertow sae train --help")),
     "bad share": Bad({"--held-out": "0.9"}, ("held_out = 0.9", "less than 0.5")),

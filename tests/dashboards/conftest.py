@@ -11,13 +11,17 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from dashboards.answering import Dashboard
 from dashboards.building import Source, build_store
 from dashboards.finding import Collection, named
 from dashboards.guard import Access
+from dashboards.models import Models, Opener
 from dashboards.notes import Notes
-from dashboards.prompting import Reader
-from dashboards.server import Dashboard, create_app
+from dashboards.prompting import WAIT_S, Reader
+from dashboards.runs import RunShelf
+from dashboards.server import create_app
 from dashboards.store import FeatureStore, open_feature_store
+from dashboards.surgeon import Surgeon
 from features.cards import Lens
 from features.searching import Query
 from sae.dictionary import LinearDictionary, Provenance, TopK
@@ -27,6 +31,7 @@ from sae.plan import open_held_out
 from sae.store import ActivationStore
 from sae.text import TextSpec
 from tests import tiny
+from undertow.lexicon.forms import Lexicon
 from undertow.subjects import Subject, load_subject
 from undertow.subjects.unembed import final_norm_and_unembed
 
@@ -34,6 +39,7 @@ SITE = "blocks.1.hook_resid_post"
 D_SAE, K, DEAD = 48, 4, 47
 SCRIPT = "<script>alert('x')</script>"
 HOST = "127.0.0.1:8777"
+LEXICON = Lexicon.load("love")
 
 
 class Made(NamedTuple):
@@ -75,10 +81,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(folder, subject, dictionary, lens, activations, open_feature_store(folder / "store"))
 
 
+def query_of(made: Made, dictionary: LinearDictionary | None = None) -> Query:
+    """What the opener of the tests' store opens; with another SAE if one is given."""
+    return Query(made.subject, made.subject.site(SITE), dictionary or made.dictionary, "toy/1", None)
+
+
+def dashboard_of(made: Made, notes: Path, opener: Opener | None = None, runs: Path | None = None,
+                 wait_s: float = WAIT_S) -> Dashboard:
+    """A dashboard of the tests' store whose notes are in the file `notes`."""
+    query = query_of(made)
+    models = Models(opener or (lambda record: query))
+    return Dashboard(Collection(named([made.store])), Notes(notes), Reader(models, wait_s),
+                     Surgeon(models, LEXICON), RunShelf(runs), "here")
+
+
 @pytest.fixture
 def dashboard(made: Made, tmp_path: Path) -> Dashboard:
-    query = Query(made.subject, made.subject.site(SITE), made.dictionary, "toy/1", None)
-    return Dashboard(Collection(named([made.store])), Notes(tmp_path / "notes.sqlite"), Reader(lambda record: query), "here")
+    return dashboard_of(made, tmp_path / "notes.sqlite")
 
 
 @pytest.fixture

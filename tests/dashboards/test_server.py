@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import threading
 from collections.abc import Mapping
 from html.parser import HTMLParser
@@ -13,14 +14,16 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from dashboards.finding import Collection, collect, named
+from dashboards.answering import MAX_BODY, Dashboard
+from dashboards.finding import collect, named
 from dashboards.guard import HEADER, Access, access_for, is_loopback
-from dashboards.notes import Notes
-from dashboards.prompting import MAX_PROMPT, Reader
+from dashboards.prompting import MAX_PROMPT
 from dashboards.rendering import DATA, STATIC, TEMPLATES
-from dashboards.server import MAX_BODY, Dashboard, create_app
+from dashboards.server import create_app
 from features.searching import Query
-from tests.dashboards.conftest import DEAD, HOST, SCRIPT, SITE, Made
+from sae.formats import save_folder
+from tests.dashboards.conftest import DEAD, HOST, SCRIPT, Made, dashboard_of, query_of
+from undertow.cli.dashboard import _collection
 from undertow.core.errors import SpecError
 
 S = "/s/toy-1"
@@ -245,8 +248,8 @@ def test_who_may_listen() -> None:
 def test_an_sae_that_changed_is_named(made: Made, tmp_path: Path) -> None:
     """The store shows all that it holds; only the prompt needs the SAE, and says that it is another one."""
     other = dataclasses.replace(made.dictionary, b_dec=made.dictionary.b_dec + 1)
-    query = Query(made.subject, made.subject.site(SITE), other, "toy/1", None)
-    dashboard = Dashboard(Collection(named([made.store])), Notes(tmp_path / "n"), Reader(lambda record: query), "here")
+    query = query_of(made, other)
+    dashboard = dashboard_of(made, tmp_path / "n", lambda record: query)
     with TestClient(create_app(dashboard, Access(frozenset({HOST}))), base_url=f"http://{HOST}") as client:
         answer = client.get(f"{S}/prompt?text=lamp")
         assert answer.status_code == 404
@@ -260,9 +263,9 @@ def test_one_prompt_at_a_time(made: Made, tmp_path: Path) -> None:
     def slow(record: Mapping[str, Any]) -> Query:
         begun.set()
         assert let_go.wait(20)
-        return Query(made.subject, made.subject.site(SITE), made.dictionary, "toy/1", None)
+        return query_of(made)
 
-    dashboard = Dashboard(Collection(named([made.store])), Notes(tmp_path / "n"), Reader(slow, wait_s=0.05), "here")
+    dashboard = dashboard_of(made, tmp_path / "n", slow, wait_s=0.05)
     with TestClient(create_app(dashboard, Access(frozenset({HOST}))), base_url=f"http://{HOST}") as client:
         answers: list[int] = []
         first = threading.Thread(target=lambda: answers.append(client.get(f"{S}/prompt?text=lamp").status_code))
@@ -281,7 +284,7 @@ def test_a_bug_shows_no_traceback(made: Made, tmp_path: Path) -> None:
     def broken(record: Mapping[str, Any]) -> Query:
         raise RuntimeError("the secret inside")
 
-    dashboard = Dashboard(Collection(named([made.store])), Notes(tmp_path / "n"), Reader(broken), "here")
+    dashboard = dashboard_of(made, tmp_path / "n", broken)
     with TestClient(create_app(dashboard, Access(frozenset({HOST}))), base_url=f"http://{HOST}",
                     raise_server_exceptions=False) as client:
         answer = client.get(f"{S}/prompt?text=lamp")
@@ -292,7 +295,8 @@ def test_a_bug_shows_no_traceback(made: Made, tmp_path: Path) -> None:
 
 def test_nothing_there_says_what_to_type(made: Made, tmp_path: Path) -> None:
     def home(folder: Path) -> str:
-        dashboard = Dashboard(collect(folder), Notes(tmp_path / "n" / "n"), Reader(lambda record: pytest.fail()), str(folder))
+        there = dashboard_of(made, tmp_path / "n" / "n", lambda record: pytest.fail())
+        dashboard = dataclasses.replace(there, collection=collect(folder), where=str(folder))
         with TestClient(create_app(dashboard, Access(frozenset({HOST}))), base_url=f"http://{HOST}") as client:
             return client.get("/").text
 
@@ -308,6 +312,24 @@ def test_nothing_there_says_what_to_type(made: Made, tmp_path: Path) -> None:
     manifest = '{"kind": "dashboard", "schema": 1, "files": {"x": ""}, "record": {}}'
     (tmp_path / "bare" / "damaged" / "manifest.json").write_text(manifest)
     assert "Not opened." in home(tmp_path / "bare") and "is missing" in home(tmp_path / "bare")
+
+
+def test_missing_stores_are_built_where_there_is_none(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`undertow dashboard DIR` right after a training: the SAE's store is built in the cache; what cannot be built is said."""
+    monkeypatch.setenv("UNDERTOW_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(made.folder / "sae", tmp_path / "runs" / "good")
+    nowhere = dataclasses.replace(made.dictionary, provenance=dataclasses.replace(made.dictionary.provenance,
+                                                                                  model_name=str(tmp_path / "gone")))
+    save_folder(nowhere, tmp_path / "runs" / "lost")
+    assert list(_collection(str(tmp_path / "runs"), False).stores) == []
+    found = _collection(str(tmp_path / "runs"), None)
+    assert [store.dictionary for store in found.stores.values()] == [made.store.dictionary]
+    assert next(iter(found.stores.values())).path.parent == tmp_path / "cache" / "dashboards"
+    assert not list((tmp_path / "runs").rglob("columns")), "artifacts are read-only"
+    # the same weights under another name have the same store; an SAE of its own needs its model
+    other = dataclasses.replace(nowhere, b_dec=nowhere.b_dec + 1)
+    save_folder(other, tmp_path / "runs" / "other")
+    assert any("other" in line and "gone" in line for line in _collection(str(tmp_path / "runs"), True).trouble)
 
 
 def test_names_in_addresses_are_unique(made: Made) -> None:

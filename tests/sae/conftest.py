@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,3 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def subject(folder: Path) -> Subject:
     """The model of `folder`."""
     return load_subject(str(folder / "llama"), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def sae_lens() -> Any:
+    """The package sae_lens, whose import takes seconds."""
+    return pytest.importorskip("sae_lens")

@@ -24,6 +24,7 @@ from sae.harvesting import SHARD_ROWS, harvest, rows_per_pass, store_key
 from sae.store import ActivationStore
 from undertow.core.errors import ArtifactError, NumericsError, StorageError, TextError
 from undertow.subjects import Site, Subject, load_subject, tap
+from undertow.subjects.tapping import tap_sites
 
 CONTEXT = 32
 ALL = 10**6
@@ -54,11 +55,11 @@ class Taps:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = 0
-        monkeypatch.setattr(harvesting, "tap", self)
+        monkeypatch.setattr(harvesting, "tap_sites", self)
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> list[Tensor]:
         self.calls += 1
-        return tap(*args)
+        return tap_sites(*args)
 
 
 def everything(store: ActivationStore) -> Tensor:

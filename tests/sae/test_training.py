@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from sae.architectures import BY_PRICE, Architecture
 from sae.dictionary import JumpReLU, Provenance, TopK
 from sae.training import Trainer, TrainSpec, rebatch, train
 from undertow.core.errors import ArtifactError, NumericsError, SpecError, TextError
@@ -35,7 +37,7 @@ def fvu(dictionary: object, x: torch.Tensor) -> float:
     return float((x - recon).square().sum() / (x - x.mean(0)).square().sum())
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
 def test_training_recovers_known_directions(architecture: str) -> None:
     spec = TrainSpec(d_sae=64, k=3, steps=800, architecture=architecture, batch_size=512, lr=1e-2)  # pyright: ignore[reportArgumentType]
     dictionary = train(synthetic(800), spec)
@@ -58,9 +60,10 @@ def test_the_scale_of_the_activations_does_not_matter() -> None:
     assert torch.allclose(large.encode(1024 * x), 1024 * small.encode(x), rtol=1e-3, atol=0.1)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
-def test_resuming_is_bit_exact(tmp_path: Path, architecture: str) -> None:
-    spec = TrainSpec(d_sae=64, k=3, steps=40, architecture=architecture, batch_size=128, lr=3e-3)  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+@pytest.mark.parametrize("normalize", ["expected_average_only_in", "layer_norm"])
+def test_resuming_is_bit_exact(tmp_path: Path, architecture: str, normalize: str) -> None:
+    spec = spec_of(architecture, d_sae=64, steps=40, batch_size=128, lr=3e-3, aux_coefficient=1.0, normalize=normalize)
     sample = next(synthetic(1, 512))
     straight = Trainer.begin(spec, sample)
     for batch in synthetic(40, 128):
@@ -74,9 +77,16 @@ def test_resuming_is_bit_exact(tmp_path: Path, architecture: str) -> None:
     for batch in synthetic(23, 128, start=17):
         resumed.step(batch)
     assert resumed.finished
+    assert straight.weights._fields == resumed.weights._fields
     for a, b in zip(straight.weights, resumed.weights, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(straight.idle, resumed.idle) and straight.threshold == resumed.threshold
+
+
+def spec_of(architecture: str, **more: Any) -> TrainSpec:
+    """A spec with what the architecture needs."""
+    sparse = {"penalty": {"coefficient": 0.5}} if architecture in BY_PRICE else {"k": 3}
+    return TrainSpec.checked({**sparse, "architecture": architecture, **more}, "test")
 
 
 def test_same_seed_same_weights_other_seed_other_weights() -> None:

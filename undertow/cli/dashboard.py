@@ -1,4 +1,5 @@
-"""`undertow dashboard`: a local page with every feature of an SAE; `build` makes what it shows, `list` prints its table."""
+"""`undertow dashboard`: a local page with every feature of an SAE; `build` makes what it shows, `list` prints its table,
+`export` writes files, `operate` does what the operating table does."""
 
 from __future__ import annotations
 
@@ -31,6 +32,9 @@ from undertow.cli.opening import Place, SaeArgument, SameModelOption, SiteOption
 if TYPE_CHECKING:
     from dashboards.building import Built
     from dashboards.finding import Collection
+    from dashboards.notes import Notes
+    from dashboards.runs import RunShelf
+    from dashboards.store import FeatureStore
     from features.searching import Query as Search
 
 log = logging.getLogger(__name__)
@@ -48,6 +52,11 @@ class _OpenByDefault(TyperGroup):
 
 app = typer.Typer(cls=_OpenByDefault, help="A local page that shows the features of an SAE: undertow dashboard [DIR]. "
                                            "Without a command's name it is `open`.")
+
+
+NotesOption = Annotated[Path | None, typer.Option("--notes", help="File of labels, notes and stars; recipes go beside it.")]
+LexiconOption = Annotated[str, typer.Option("--lexicon", help="The word not to be said: a packaged lexicon or a YAML file.")]
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A feature store.")]
 
 
 class _Text(NamedTuple):
@@ -72,25 +81,35 @@ def open_(
     host: Annotated[str, typer.Option("--host", help="Address; any but this machine alone needs --token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="Port; 0 takes any free one.")] = PORT,
     token: Annotated[str, typer.Option("--token", help="Secret that every request has to carry.")] = "",
-    notes: Annotated[Path | None, typer.Option("--notes", help="File of labels, notes and stars.")] = None,
+    notes: NotesOption = None,
+    lexicon: LexiconOption = "love",
+    build: Annotated[bool | None, typer.Option("--build/--no-build", help="Build a store of every SAE in DIR that has none, in "
+                                               "the cache. Default: if DIR holds no store at all.")] = None,
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open a browser.")] = False,
     json_: JsonOption = False,
 ) -> None:
     """Serve the dashboard on this machine until Ctrl-C."""
+    from dashboards.answering import Dashboard
     from dashboards.guard import access_for
+    from dashboards.models import Models
     from dashboards.notes import Notes, notes_path
     from dashboards.prompting import Reader
-    from dashboards.server import Dashboard, create_app
+    from dashboards.server import create_app
+    from dashboards.surgeon import Surgeon
+    from undertow.lexicon.forms import Lexicon
 
     access_for(host, port, token)  # refused before anything is built
+    word = Lexicon.load(lexicon)
     listening = _listen(host, port)
     try:
         where = target or ("runs" if Path("runs").is_dir() else ".")
-        collection = _collection(where)
+        collection = _collection(where, build)
         for trouble in collection.trouble:
             log.warning("not opened: %s", trouble)
         port = listening.getsockname()[1]
-        dashboard = Dashboard(collection, Notes(notes or notes_path()), Reader(_open_search), where)
+        models = Models(_open_search)
+        dashboard = Dashboard(collection, Notes(notes or notes_path()), Reader(models), Surgeon(models, word), _runs(where),
+                              where)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/{f'?token={token}' if token else ''}"
         if json_:
             emit({"url": url, "stores": list(collection.stores)}, as_json=True)
@@ -130,7 +149,7 @@ def build(
 
 @app.command("list")
 def list_(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A feature store.")],
+    store: StoreArgument,
     q: Annotated[str, typer.Option("--q", help="Words in the label, the peak token or the promoted token.")] = "",
     sort: Annotated[str, typer.Option("--sort", help="Column: id, density, maximum, mean, nearest, label, ...")] = "id",
     order: Annotated[str, typer.Option("--order", help="up or down.")] = "up",
@@ -142,7 +161,7 @@ def list_(
     labelled: Annotated[str, typer.Option(help="any, yes or no.")] = "any",
     starred: Annotated[str, typer.Option(help="any, yes or no.")] = "any",
     page: Annotated[int, typer.Option(min=1, help="Page, 100 features each.")] = 1,
-    notes: Annotated[Path | None, typer.Option("--notes", help="File of labels, notes and stars.")] = None,
+    notes: NotesOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Print a page of the features table, filtered and sorted as in the browser."""
@@ -168,6 +187,94 @@ def list_(
     console().print(table_view(found, opened, page))
 
 
+@app.command()
+def export(
+    store: StoreArgument,
+    out: Annotated[Path, typer.Option("--out", help="File to write (a folder for neuronpedia); it must not exist.")],
+    format_: Annotated[str, typer.Option("--format", help="csv, parquet, html or neuronpedia.")] = "csv",
+    latents: Annotated[str, typer.Option("--latents", help="Features, e.g. 1,2,3; html needs them, others take all.")] = "",
+    source_set: Annotated[str, typer.Option("--source-set", help="neuronpedia: name of the source set.")] = "undertow-res",
+    notes: NotesOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Write features as a table, as one HTML page, or as Neuronpedia's upload format. Nothing is uploaded."""
+    from dashboards.export import known_latents
+    from dashboards.notes import Notes, notes_path
+    from dashboards.store import open_feature_store
+    from undertow.core.errors import SpecError
+    from undertow.core.storage import disk_errors, refuse_existing
+
+    if format_ not in ("csv", "parquet", "html", "neuronpedia"):
+        raise SpecError(f"unknown --format {format_!r}", "choose csv, parquet, html or neuronpedia")
+    refuse_existing(out)
+    opened = open_feature_store(store)
+    file = notes or notes_path()
+    chosen = known_latents(opened, latents, opened.d_sae) if latents else None
+    files, facts = _exported(opened, chosen, Notes(file) if file.is_file() else None, format_, source_set)
+    with disk_errors(out):
+        for name, content in files.items():
+            (out / name if name else out).parent.mkdir(parents=True, exist_ok=True)
+            (out / name if name else out).write_bytes(content)
+    emit({"path": out, "format": format_, **facts, "bytes": sum(map(len, files.values()))}, as_json=json_)
+
+
+@app.command()
+def operate(
+    store: StoreArgument,
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What follows the ? in the address of an operating table.")],
+    lexicon: LexiconOption = "love",
+    json_: JsonOption = False,
+) -> None:
+    """Operate as the operating table does, and print both texts and every figure."""
+    from starlette.datastructures import QueryParams
+
+    from dashboards.models import Models
+    from dashboards.operation import Operation
+    from dashboards.store import open_feature_store
+    from dashboards.surgeon import Surgeon
+    from undertow.cli.dashboard_view import operated_view
+    from undertow.lexicon.forms import Lexicon
+
+    opened = open_feature_store(store)
+    operation = Operation.read(QueryParams(query.rpartition("?")[2]))
+    surgeon = Surgeon(Models(_open_search), Lexicon.load(lexicon))
+    tokens, summary = [], {}
+    for event in surgeon.events(opened, operation):
+        kind = event.pop("kind")
+        if kind == "token":
+            tokens.append(event)
+        elif kind == "done":
+            summary = event
+    if json_:
+        texts = {side: "".join(text for text, _ in pieces) for side, pieces in summary.pop("pieces").items()}
+        emit({**summary, "texts": texts, "tokens": tokens}, as_json=True)
+        return
+    console().print(operated_view(summary, tokens))
+
+
+def _exported(store: FeatureStore, chosen: list[int] | None, notes: Notes | None, kind: str,
+              source_set: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Files by name ("" for the file itself), and what to say about them."""
+    import json
+
+    import numpy as np
+
+    from dashboards.export import csv_bytes, html_page, neuronpedia, parquet_bytes, table_of
+    from dashboards.notes import Marks
+
+    marks = notes.marks(store.dictionary) if notes else Marks({}, frozenset())
+    if kind == "html":
+        return {"": html_page(store, chosen or [], notes).encode()}, {"features": len(chosen or [])}
+    every = list(range(store.d_sae)) if chosen is None else chosen
+    if kind == "neuronpedia":
+        made = neuronpedia(store, marks, every, source_set)
+        files = {f"batch-{number}.json": json.dumps(batch, ensure_ascii=False).encode()
+                 for number, batch in enumerate(made.batches)}
+        return files, {"features": len(every) - len(made.dead), "skipped_dead": len(made.dead), "files": len(files)}
+    table = table_of(store, marks, np.array(every, dtype=np.int64))
+    return {"": (csv_bytes if kind == "csv" else parquet_bytes)(table)}, {"features": len(every)}
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """A socket bound to the address. Raises SpecError if it is taken or not this machine's."""
     from undertow.core.errors import SpecError
@@ -191,8 +298,9 @@ def _serve(served: Any, listening: socket.socket) -> None:
     uvicorn.Server(config).run(sockets=[listening])
 
 
-def _collection(where: str) -> Collection:
-    """The stores that `where` means. Raises ArtifactError if it is nothing of the kind."""
+def _collection(where: str, build: bool | None) -> Collection:
+    """The stores that `where` means; `build` None builds missing ones if there is none. Raises ArtifactError for anything else.
+    """
     from dashboards.finding import Collection, collect, is_store, named
     from dashboards.store import open_feature_store
     from sae.formats import CFG, packaged_names
@@ -206,7 +314,38 @@ def _collection(where: str) -> Collection:
     if not folder.is_dir():
         raise ArtifactError(f"{where} is neither a folder nor an SAE that comes with the package",
                             near_matches(where, packaged_names()) or "type: undertow dashboard DIR, or smollm2/12 for DIR")
-    return collect(folder)
+    found = collect(folder)
+    return _with_built(found) if build or (build is None and not found.stores) else found
+
+
+def _with_built(found: Collection) -> Collection:
+    """The same with a store, kept in the cache, of every SAE that had none; what cannot be built is reported."""
+    from dashboards.finding import Collection, named
+    from dashboards.store import open_feature_store
+    from undertow.core.errors import UserError
+
+    opened, trouble, bare = list(found.stores.values()), list(found.trouble), []
+    for sae in found.bare:
+        try:
+            store = open_feature_store(_cached_store(sae))
+            opened += [] if any(store.dictionary == known.dictionary for known in opened) else [store]
+        except UserError as error:
+            trouble.append(f"no store of {sae}: {error}")
+            bare.append(sae)
+    return Collection(named(opened), tuple(trouble), tuple(bare))
+
+
+def _runs(where: str) -> RunShelf:
+    """The runs that belong to `where`: those in the folder, or beside a store or an SAE."""
+    from dashboards.finding import is_store
+    from dashboards.runs import RunShelf
+    from sae.formats import CFG
+
+    folder = Path(where)
+    if not folder.is_dir():
+        return RunShelf(None)
+    beside = is_store(folder) or (folder / CFG).is_file()
+    return RunShelf(folder.resolve().parent, 1) if beside else RunShelf(folder)
 
 
 def _cached_store(sae: str) -> Path:

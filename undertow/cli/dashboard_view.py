@@ -1,8 +1,8 @@
-"""The features table for a terminal. All text goes through `rich.text.Text`: no markup counts."""
+"""The features table and an operation for a terminal. All text goes through `rich.text.Text`: no markup counts."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -26,3 +26,27 @@ def table_view(found: TablePage, store: FeatureStore, page: int) -> RenderableTy
     head = Text(f"{found.n_passing:,} of {store.d_sae:,} features, measured on {store.n_tokens:,} tokens; "
                 f"page {page:,} of {found.n_pages:,}")
     return Group(head, table)
+
+
+def operated_view(summary: dict[str, Any], tokens: list[dict[str, Any]]) -> RenderableType:
+    """Both texts with the changed words marked, the figures of the run, and the operated text token by token."""
+    sides = []
+    for side, title in (("base", "untouched"), ("operated", "operated")):
+        line = Text(f"{title:<10} ")
+        for text, changed in summary["pieces"][side]:
+            line.append(text, "bold underline" if changed else "")
+        sides.append(line)
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    for title in ("token", "KL", "hazard", "untouched", "acted", "guard"):
+        table.add_column(title, justify="left" if title == "token" else "right")
+    for token in tokens:
+        if token["side"] == "operated":
+            acted = "–" if token["fired"] is None else "yes" if token["fired"] else "no"
+            figures = [f"{token[name]:.3g}" for name in ("kl", "hazard", "base_hazard")]
+            table.add_row(Text(repr(token["spelling"])), *figures, acted, "refuses" if token["refused"] else "")
+    said = ", ".join(summary["words"]["operated"]) or "none"
+    foot = Text(f"\nforms of the word in the operated text: {said}; the guard would have refused "
+                f"{summary['refused']['operated']} of {summary['n']['operated']} tokens\nKL mean {summary['kl_mean']:.3g}, at "
+                f"most {summary['kl_max']:.3g} nats; hazard {summary['hazard']:.3g} in all, {summary['hazard_base']:.3g} "
+                f"untouched on the same text; acted on {summary['firings']} of {summary['positions']} tokens")
+    return Group(*sides, Text(), table, foot)

@@ -29,12 +29,16 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("subject", "The models: list, fetch, generate."),
+    Command("demo", "The whole story once, on an organism whose right answer is known.", is_group=False),
+    Command("subject", "The models: list, fetch, train, card, generate, chat."),
     Command("text", "The texts: fetch, show."),
-    Command("sae", "Sparse autoencoders: train, resume, eval, import."),
+    Command("sae", "Sparse autoencoders: train, resume, eval, compare, import."),
     Command("features", "The features of an autoencoder: scan, rank, select, show, search."),
     Command("recipe", "Recipes of feature surgery: check, apply."),
-    Command("dashboard", "A local page that shows every feature: undertow dashboard [DIR]; build, list.", runs_bare=True),
+    Command("guard", "The forbidden word: scan a text, audit a recipe, generate under the guard, lexicon."),
+    Command("dashboard",
+            "A local page of features, surgery and runs: undertow dashboard [DIR]; build, list, export, operate.",
+            runs_bare=True),
     Command("bench", "Speed, against peers in the same run: harvest, sae."),
     Command("doctor", "Versions, devices, caches; what is missing, and the command that mends it.", is_group=False),
 )

@@ -22,13 +22,18 @@ from undertow.cli.common import (
     console,
     emit,
 )
+from undertow.cli.compare import app as comparing
 from undertow.cli.opening import Place, SaeArgument, SameModelOption, SiteOption, open_place
 
 if TYPE_CHECKING:
+    from sae.grid import GridPlan, GridSpec
     from sae.plan import Inputs, Plan
+    from sae.sinks import Sinks
     from sae.spec import RunSpec
+    from undertow.subjects.subject import Subject
 
-app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train, resume, eval, import.")
+app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train (one or a grid), resume, eval, compare, import.")
+app.add_typer(comparing)  # without a name: `compare` is a command beside the others
 
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto (CUDA if there is one).")]
 WandbOption = Annotated[Literal["disabled", "offline", "online"], typer.Option("--wandb", help="Log to Weights & Biases.")]
@@ -37,12 +42,21 @@ WandbOption = Annotated[Literal["disabled", "offline", "online"], typer.Option("
 @app.command()
 def train(
     model: ModelOption,
-    site: Annotated[str, typer.Option("--site", help="Where to read, e.g. blocks.12.hook_resid_post.")],
+    site: Annotated[str, typer.Option("--site", help="Where to read: blocks.12.hook_resid_post, blocks.12.hook_mlp_out, "
+                                                     "blocks.12.attn.hook_z; several with commas.")],
     text: TextOption,
     out: OutOption,
-    width: Annotated[int, typer.Option("--width", help="Number of latents.")] = 4096,
-    k: Annotated[int, typer.Option("--k", help="Active latents a token.")] = 32,
-    architecture: Annotated[str, typer.Option(help="topk or batchtopk (saved as jumprelu).")] = "topk",
+    width: Annotated[str, typer.Option("--width", help="Number of latents; several with commas.")] = "4096",
+    k: Annotated[str | None, typer.Option("--k", help="Active latents a token (jumprelu: the L0 to aim at), 32 if absent; "
+                                                      "several with commas.")] = None,
+    architecture: Annotated[str, typer.Option(help="topk, batchtopk, matryoshka, jumprelu, standard (L1) or gated.")] = "topk",
+    sparsity: Annotated[str | None, typer.Option(help="Price of sparsity, for standard, gated, and jumprelu without --k; "
+                                                      "several with commas.")] = None,
+    sparsity_warm_up: Annotated[float, typer.Option(help="Share of the steps over which that price rises.")] = 0.1,
+    bandwidth: Annotated[float, typer.Option(help="jumprelu: width of the kernel by which thresholds learn.")] = 0.3,
+    prefixes: Annotated[str | None, typer.Option(help="matryoshka: widths of the inner dictionaries, with commas; 1/16, 1/8, "
+                                                      "1/4 and 1/2 of the width if absent.")] = None,
+    normalize: Annotated[str, typer.Option(help="none, expected_average_only_in or layer_norm.")] = "expected_average_only_in",
     tokens: Annotated[int, typer.Option(help="Distinct activations to train on; fewer if the text has fewer.")] = 1_000_000,
     epochs: Annotated[float, typer.Option(help="How often each activation is seen.")] = 3.0,
     batch_size: Annotated[int, typer.Option(help="Activations a step.")] = 2048,
@@ -58,78 +72,167 @@ def train(
     device: DeviceOption = "auto",
     wandb: WandbOption = "disabled",
     seed: SeedOption = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Train each with this many seeds, counting up from --seed.")] = 1,
     json_: JsonOption = False,
 ) -> None:
     """Harvest activations, train an SAE on them, judge it on held-out text, and save it in sae-lens' format.
 
+    Several sites, widths, k, prices or seeds train the whole grid from one harvest: one folder each in OUT, and an index.
     Says beforehand what it will cost. Ctrl-C and SIGTERM save; `undertow sae resume OUT` goes on.
     """
-    from sae.plan import make_plan, open_inputs
-    from sae.run import claim
     from sae.spec import RunSpec
-    from undertow.core.storage import cache_dir, refuse_existing
+    from undertow.core.storage import refuse_existing
     from undertow.subjects.load import load_subject
 
+    sites, widths = [part.strip() for part in site.split(",")], _numbers("--width", width, int)
+    counts, prices = _sparsities(architecture, k, sparsity)
     spec = RunSpec.checked({
-        "model": model, "site": site, "tokens": tokens, "eval_tokens": eval_tokens, "ce_tokens": ce_tokens,
+        "model": model, "site": sites[0], "tokens": tokens, "eval_tokens": eval_tokens, "ce_tokens": ce_tokens,
         "weights": weights, "seed": seed,
         "text": {"source": text, "column": column, "chat": chat, "context": context, "held_out": held_out},
-        "learn": {"width": width, "k": k, "architecture": architecture, "epochs": epochs, "batch_size": batch_size,
-                  "lr": lr, "aux_coefficient": aux_coefficient}}, "sae train")
+        "learn": {"width": widths[0], "k": counts and counts[0], "architecture": architecture, "epochs": epochs,
+                  "batch_size": batch_size, "lr": lr, "aux_coefficient": aux_coefficient, "normalize": normalize,
+                  "prefixes": prefixes and _numbers("--prefixes", prefixes, int),
+                  "penalty": {"coefficient": prices and prices[0], "warm_up": sparsity_warm_up, "bandwidth": bandwidth}},
+        }, "sae train")
     refuse_existing(out)
-    inputs = open_inputs(spec, load_subject(model, device))
+    axes: dict[str, Any] = {"sites": sites, "widths": widths, "sparsities": prices or counts, "seeds": seeds}
+    alone = seeds == 1 and all(len(axes[axis]) == 1 for axis in ("sites", "widths", "sparsities"))
+    (_train_one if alone else _train_grid)(spec, axes, load_subject(model, device), out, (wandb, json_))
+
+
+def _sparsities(architecture: str, k: str | None, sparsity: str | None) -> tuple[list[int] | None, list[float] | None]:
+    """Values of k and prices of sparsity; where neither is given, k = 32 for an architecture that has a k."""
+    prices = None if sparsity is None else _numbers("--sparsity", sparsity, float)
+    if k is not None:
+        return _numbers("--k", k, int), prices
+    return ([32] if prices is None and architecture not in ("standard", "gated") else None), prices
+
+
+def _numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+    """Numbers with commas between them. Raises SpecError that names the option."""
+    from undertow.core.errors import SpecError
+
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise SpecError(f"{option} {text!r} is not {'a whole number' if kind is int else 'a number'}, or several with commas",
+                        "see undertow sae train --help") from None
+    if len(set(found)) < len(found):
+        raise SpecError(f"{option} {text!r} names a value twice")
+    return found
+
+
+def _train_one(spec: RunSpec, _axes: dict[str, Any], subject: Subject, out: Path, how: tuple[str, bool]) -> None:
+    from sae.plan import make_plan, open_inputs
+    from sae.run import claim
+    from undertow.core.storage import cache_dir
+
+    inputs = open_inputs(spec, subject)
     _announce(make_plan(spec, inputs, cache_dir()), spec)
     claim(out, spec)
-    _carry_out(spec, inputs, out, wandb, json_)
+    _carry_out(spec, inputs, out, *how)
+
+
+def _train_grid(spec: RunSpec, axes: dict[str, Any], subject: Subject, out: Path, how: tuple[str, bool]) -> None:
+    from sae.grid import GridSpec, claim_grid, plan_grid
+    from undertow.core.storage import cache_dir
+
+    grid = GridSpec.checked({**axes, "base": spec}, "sae train")
+    for run in grid.runs().values():  # refused before anything is computed
+        run.learn.train_spec(run.tokens, run.seed)
+    plan = plan_grid(grid, subject, cache_dir())
+    _announce_cost(f"{plan.runs} SAEs of {spec.model} from one harvest: {', '.join(grid.runs())}", plan)
+    claim_grid(out, grid)
+    _carry_out_grid(grid, subject, out, *how)
 
 
 @app.command()
 def resume(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of the run that was interrupted.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of the run or grid that was interrupted.")],
     device: DeviceOption = "auto",
     wandb: WandbOption = "disabled",
     json_: JsonOption = False,
 ) -> None:
-    """Go on with an interrupted run, from its last saved state."""
+    """Go on with an interrupted run or grid, from its last saved state."""
+    from sae.grid import unfinished_grid
     from sae.plan import open_inputs
     from sae.run import unfinished
     from undertow.subjects.load import load_subject
 
+    grid = unfinished_grid(out)
+    if grid is not None:
+        _carry_out_grid(grid, load_subject(grid.base.model, device), out, wandb, json_)
+        return
     spec = unfinished(out)
     _carry_out(spec, open_inputs(spec, load_subject(spec.model, device)), out, wandb, json_)
 
 
 def _announce(plan: Plan, spec: RunSpec) -> None:
+    _announce_cost(f"{spec.learn.describe()}, at {spec.site} of {spec.model}\n"
+                   f"  tokens   {plan.tokens:,} activations, {plan.steps:,} steps of {spec.learn.batch_size:,}", plan)
+
+
+def _announce_cost(head: str, plan: Plan | GridPlan) -> None:
     from sae.sinks import duration
 
     console().print(
-        f"{spec.learn.architecture}, {spec.learn.width:,} latents, k = {spec.learn.k}, at {spec.site} of {spec.model}\n"
-        f"  tokens   {plan.tokens:,} activations, {plan.steps:,} steps of {spec.learn.batch_size:,}\n"
+        f"{head}\n"
         f"  time     about {duration(plan.total_s)}: harvest {duration(plan.harvest_s) if plan.harvest_s else 'cached'}, "
         f"train {duration(plan.train_s)}, judge {duration(plan.judge_s)}\n"
         f"  memory   {plan.memory_bytes / 1e9:.1f} GB beside the subject; disk {plan.disk_bytes / 1e9:.1f} GB in the cache",
         markup=False)
 
 
-def _carry_out(spec: RunSpec, inputs: Inputs, out: Path, wandb: str, json_: bool) -> None:
+def _sinks(out: Path, wandb: str) -> Sinks:
+    """The sinks of the run on its way to `out`."""
     from rich.console import Console
 
-    from sae.run import LOG, Interrupted, Watch, partial_folder, run
+    from sae.run import LOG, partial_folder
     from sae.sinks import open_sinks
+
+    return open_sinks(Console(stderr=True), partial_folder(out) / LOG, wandb, wandb_folder=out.absolute().parent)
+
+
+def _carry_out(spec: RunSpec, inputs: Inputs, out: Path, wandb: str, json_: bool) -> None:
+    from sae.run import Interrupted, Watch, run
     from undertow.cli.progress import Phases, stop_requests
     from undertow.core.storage import cache_dir
 
-    folder = out.absolute().parent
-    sinks = open_sinks(Console(stderr=True), partial_folder(out) / LOG, wandb, wandb_folder=folder)
-    with stop_requests() as stop, sinks, Phases() as phases:
+    with stop_requests() as stop, _sinks(out, wandb) as sinks, Phases() as phases:
         try:
             result = run(spec, inputs, out, cache_dir(), Watch(phases, sinks, stop))
         except Interrupted as stopped:
-            console().print(f"stopped; saved in {stopped.folder}. Go on with: undertow sae resume {out}", markup=False)
-            if json_:
-                emit({"stopped": str(stopped.folder), "resume": f"undertow sae resume {out}"}, as_json=True)
+            _say_stopped(stopped.folder, out, json_)
             raise typer.Exit(stop.exit_code) from None
     _print_figures(result.summary, json_)
+
+
+def _carry_out_grid(spec: GridSpec, subject: Subject, out: Path, wandb: str, json_: bool) -> None:
+    from sae.grid import run_grid
+    from sae.run import Interrupted, Watch
+    from sae.sinks import Sinks
+    from undertow.cli.compare import print_table
+    from undertow.cli.progress import Phases, stop_requests
+    from undertow.core.storage import cache_dir
+
+    with stop_requests() as stop, Phases() as phases:
+        try:
+            index = run_grid(spec, subject, out, cache_dir(),
+                             (Watch(phases, Sinks([]), stop), lambda folder: _sinks(folder, wandb)))
+        except Interrupted as stopped:
+            _say_stopped(stopped.folder, out, json_)
+            raise typer.Exit(stop.exit_code) from None
+    if json_:
+        emit(index, as_json=True)
+        return
+    print_table(index["runs"], f"{out} (undertow sae compare {out} shows them side by side)")
+
+
+def _say_stopped(folder: Path, out: Path, json_: bool) -> None:
+    console().print(f"stopped; saved in {folder}. Go on with: undertow sae resume {out}", markup=False)
+    if json_:
+        emit({"stopped": str(folder), "resume": f"undertow sae resume {out}"}, as_json=True)
 
 
 @app.command("eval")

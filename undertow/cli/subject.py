@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from undertow.cli import organism
+from undertow.cli import chat, organism
 from undertow.cli.common import JsonOption, OptionalOutOption, SeedOption, console, emit
 
-app = typer.Typer(no_args_is_help=True, help="The models: list, fetch, train, card, generate.")
+app = typer.Typer(no_args_is_help=True, help="The models: list, fetch, train, card, generate, chat.")
 app.add_typer(organism.app)
+app.add_typer(chat.app)
 
 
 @app.command("list")

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -46,10 +48,14 @@ class Hazard(NamedTuple):
     expanded: int
 
 
-class _Branch(NamedTuple):
-    tokens: Continuation
-    mass: float
-    node: int
+class _Front(NamedTuple):
+    """Spellings that are not at their end yet; `parent` indexes the continuations that the last round asked for."""
+
+    parent: npt.NDArray[np.int64]
+    row: npt.NDArray[np.int64]
+    token: npt.NDArray[np.int64]
+    node: npt.NDArray[np.int64]
+    mass: npt.NDArray[np.float64]
 
 
 def hazard_bound(logits: Float[Tensor, "*row vocab"], contexts: Sequence[Kind], trie: TokenTrie) -> Float[Tensor, "*row"]:
@@ -90,53 +96,56 @@ def hazard_exact(logits: Float[Tensor, "row vocab"], contexts: Sequence[Kind], t
 
     Raises NumericsError for logits with NaN.
     """
-    value, slack = [0.0] * len(logits), [0.0] * len(logits)
-    branches: list[_Branch] = []
-    for row, probabilities in enumerate(_probabilities(logits)):
-        hit, begun = _branch(Continuation(row, ()), 1.0, trie.first(contexts[row]), probabilities)
-        value[row] += hit
-        branches += begun
+    value, slack = np.zeros(len(logits)), np.zeros(len(logits))
+    asked = [Continuation(row, ()) for row in range(len(logits))]
+    grown = [_grow(i, 1.0, i, trie.first(contexts[i]), shares, value) for i, shares in enumerate(_probabilities(logits))]
     expanded = 0
     for _ in range(depth - 1):
-        branches = _pruned(branches, slack, tolerance / max(depth - 1, 1))
-        if not branches:
+        front = _pruned(_joined(grown), slack, tolerance / max(depth - 1, 1))
+        asked = [Continuation(row, (*asked[parent].tokens, token))
+                 for parent, row, token in zip(front.parent.tolist(), front.row.tolist(), front.token.tolist(), strict=True)]
+        expanded += len(asked)
+        grown = []
+        for start in range(0, len(asked), _AT_ONCE):
+            after = _probabilities(next_logits(asked[start:start + _AT_ONCE]))
+            grown += [_grow(i, float(front.mass[i]), int(front.row[i]), trie.edges(int(front.node[i])), shares, value)
+                      for i, shares in enumerate(after, start=start)]
+        if not grown:
             break
-        expanded += len(branches)
-        grown: list[_Branch] = []
-        for start in range(0, len(branches), _AT_ONCE):
-            asked = branches[start:start + _AT_ONCE]
-            after = _probabilities(next_logits([branch.tokens for branch in asked]))
-            for branch, probabilities in zip(asked, after, strict=True):
-                hit, begun = _branch(branch.tokens, branch.mass, trie.edges(branch.node), probabilities)
-                value[branch.tokens.row] += hit
-                grown += begun
-        branches = grown
-    for branch in branches:
-        slack[branch.tokens.row] += branch.mass
-    return Hazard(torch.tensor(value).clamp(0, 1), torch.tensor(slack).clamp(0, 1), expanded)
+    left = _joined(grown)
+    np.add.at(slack, left.row, left.mass)
+    return Hazard(torch.from_numpy(value).float().clamp(0, 1), torch.from_numpy(slack).float().clamp(0, 1), expanded)
 
 
-def _branch(tokens: Continuation, mass: float, edges: Edges, probabilities: Tensor) -> tuple[float, list[_Branch]]:
-    """Mass of the tokens that complete a form, and the branches that go on."""
-    known = probabilities[:len(edges.hit)].detach().double().cpu()
-    hit = mass * float(known[torch.from_numpy(edges.hit)].sum())
-    masses = (mass * known[torch.from_numpy(edges.pending)]).tolist()
-    return hit, [_Branch(Continuation(tokens.row, (*tokens.tokens, token)), share, node)
-                 for token, node, share in zip(edges.pending.tolist(), edges.nodes.tolist(), masses, strict=True) if share > 0]
+def _grow(parent: int, mass: float, row: int, edges: Edges, probabilities: Tensor, value: npt.NDArray[np.float64]) -> _Front:
+    """Adds the mass of the tokens that complete a form to `value[row]`; the branches that go on."""
+    known = probabilities[:len(edges.hit)].detach().double().cpu().numpy()
+    value[row] += mass * float(known[edges.hit].sum())
+    shares = mass * known[edges.pending]
+    on = np.flatnonzero(shares > 0)
+    return _Front(np.full(len(on), parent), np.full(len(on), row), edges.pending[on], edges.nodes[on], shares[on])
 
 
-def _pruned(branches: list[_Branch], slack: list[float], allowance: float) -> list[_Branch]:
-    """All but the smallest branches, whose mass (at most `allowance` a row) goes to `slack`."""
-    left: dict[int, float] = {}
-    kept = []
-    for branch in sorted(branches, key=lambda branch: branch.mass):
-        row = branch.tokens.row
-        if left.get(row, 0.0) + branch.mass <= allowance:
-            left[row] = left.get(row, 0.0) + branch.mass
-            slack[row] += branch.mass
-        else:
-            kept.append(branch)
-    return sorted(kept, key=lambda branch: branch.tokens)
+def _joined(fronts: Sequence[_Front]) -> _Front:
+    if not fronts:
+        none = np.zeros(0, dtype=np.int64)
+        return _Front(none, none, none, none, np.zeros(0))
+    return _Front(np.concatenate([f.parent for f in fronts]), np.concatenate([f.row for f in fronts]),
+                  np.concatenate([f.token for f in fronts]), np.concatenate([f.node for f in fronts]),
+                  np.concatenate([f.mass for f in fronts]))
+
+
+def _pruned(front: _Front, slack: npt.NDArray[np.float64], allowance: float) -> _Front:
+    """All but the smallest branches, whose mass (at most `allowance` a row) goes to `slack`, in the order of parents."""
+    order = np.lexsort((front.mass, front.row))
+    mass, row = front.mass[order], front.row[order]
+    total = mass.cumsum()
+    first = np.flatnonzero(np.diff(row, prepend=-1))
+    before = np.repeat((total - mass)[first], np.diff(np.append(first, len(row))))
+    small = total - before <= allowance
+    np.add.at(slack, row[small], mass[small])
+    kept = np.sort(order[~small])
+    return _Front(front.parent[kept], front.row[kept], front.token[kept], front.node[kept], front.mass[kept])
 
 
 def _probabilities(logits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ tokenisations (with and without a blank before, any case, accents, width and inv
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, final
 
@@ -17,6 +18,8 @@ from undertow.lexicon.folding import Kind, fold
 from undertow.lexicon.forms import Lexicon
 from undertow.lexicon.tokens import TokenTable, split_bytes
 from undertow.lexicon.vocabulary import Vocabulary
+
+_SYLLABLES = frozenset(map(chr, range(0xAC00, 0xD7A4)))  # of Hangul, which NFKD takes apart by rule, not by a table
 
 
 class Node(NamedTuple):
@@ -143,8 +146,15 @@ class TokenTrie:
             lengths = {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}
             missing = lengths[partial[0] >> 4] - len(partial)
             self._opens[partial] = missing > 2 or any(
-                self._starts.intersection(fold(char)) for char in _completions(partial, missing))
+                self._may_start(char) for char in _completions(partial, missing))
         return self._opens[partial]
+
+    def _may_start(self, char: str) -> bool:
+        # Most of Unicode is unassigned or ideographs, which fold to themselves or to nothing; `fold` is slow.
+        plain = unicodedata.category(char) in ("Cn", "Co", "Lo") and char not in _SYLLABLES
+        if plain and not unicodedata.decomposition(char):
+            return char in self._starts
+        return bool(self._starts.intersection(fold(char)))
 
     def _number(self, node: Node) -> int:
         if node not in self._numbers:

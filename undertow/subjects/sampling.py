@@ -7,7 +7,7 @@ A sequence draws from its own generator and sees only its own tokens, so its tex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -40,8 +40,20 @@ class Generated(NamedTuple):
     text: str
 
 
-def generate(subject: Subject, prompts: Sequence[Sequence[int]], sampling: Sampling,
-             seeds: Sequence[int]) -> list[Generated]:
+@runtime_checkable
+class Choice(Protocol):
+    """Says which token comes next in every row, drawing from the row's own stream.
+
+    `ids` is all that has gone before, padding on the left included, as a logits processor of `transformers` sees it; a row
+    that has ended goes on being asked for.
+    """
+
+    def __call__(self, ids: Int[Tensor, "batch pos"], logits: Float[Tensor, "batch vocab"],
+                 streams: Sequence[torch.Generator]) -> Int[Tensor, "batch"]: ...
+
+
+def generate(subject: Subject, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int],
+             choice: Choice | None = None) -> list[Generated]:
     """Sample a continuation of every prompt (token ids, as `Subject.encode` and `chat.render` give them).
 
     Args:
@@ -49,10 +61,12 @@ def generate(subject: Subject, prompts: Sequence[Sequence[int]], sampling: Sampl
         prompts: token ids, none empty.
         sampling: how to sample.
         seeds: one a prompt.
+        choice: what takes the place of `sample`, e.g. the guard's (`interventions.guarding`).
     """
     if len(seeds) != len(prompts) or not prompts or not all(prompts):
         raise SpecError(f"{len(prompts)} prompts and {len(seeds)} seeds: need one seed a prompt and no empty prompt")
     tokens, attend = pad(prompts, subject, "left")
+    seen = tokens
     streams = [generator(seed, "generate") for seed in seeds]
     stops = subject.eos_ids if sampling.stop_at_eos else frozenset()
     written: list[list[int]] = [[] for _ in prompts]
@@ -63,7 +77,8 @@ def generate(subject: Subject, prompts: Sequence[Sequence[int]], sampling: Sampl
             positions = (attend.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:]
             out = subject.hf_model(input_ids=tokens, attention_mask=attend, position_ids=positions,
                                    past_key_values=cache, use_cache=True, logits_to_keep=1)
-            chosen = sample(out.logits[:, -1], sampling, streams)
+            logits = out.logits[:, -1]
+            chosen = sample(logits, sampling, streams) if choice is None else choice(seen, logits, streams)
             for row, token in enumerate(chosen.tolist()):
                 running[row] = running[row] and token not in stops
                 if running[row]:
@@ -71,6 +86,7 @@ def generate(subject: Subject, prompts: Sequence[Sequence[int]], sampling: Sampl
             if not any(running):
                 break
             tokens = chosen[:, None].to(tokens.device)
+            seen = torch.cat([seen, tokens], dim=1)
             attend = torch.cat([attend, torch.ones_like(tokens)], dim=1)
     return [Generated(list(prompt), new, str(subject.tokenizer.decode(new, skip_special_tokens=True)))
             for prompt, new in zip(prompts, written, strict=True)]

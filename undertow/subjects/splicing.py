@@ -18,9 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from undertow.core.errors import EditError, NumericsError
-from undertow.subjects.sites import Site
+from undertow.subjects.sites import Site, hidden_of, port
 from undertow.subjects.subject import Subject
-from undertow.subjects.tapping import hidden_of
 
 
 class EditResult(NamedTuple):
@@ -94,7 +93,7 @@ def splice(subject: Subject, site: Site, edit: Edit, norm_ceiling: float | None 
         NumericsError: the edit asked for a delta that is not finite.
     """
     counts = Splice()
-    base, block = subject.hf_model.base_model, subject.blocks[site.layer]
+    base, where = subject.hf_model.base_model, port(subject.blocks, site)
     signature = inspect.signature(base.forward)
     editable: list[Tensor] = []  # of the pass under way; one element
 
@@ -129,8 +128,8 @@ def splice(subject: Subject, site: Site, edit: Edit, norm_ceiling: float | None 
 
     with contextlib.ExitStack() as hooks:
         hooks.callback(base.register_forward_pre_hook(on_call, with_kwargs=True).remove)
-        hooks.callback((block.register_forward_hook(on_output) if site.kind == "resid_post"
-                        else block.register_forward_pre_hook(on_input)).remove)
+        hooks.callback((where.module.register_forward_pre_hook(on_input) if where.is_input
+                        else where.module.register_forward_hook(on_output)).remove)
         yield counts
     if counts.firings == 0:
         raise EditError(f"the edit at {site.name} fired at none of {counts.positions} editable positions",

@@ -1,4 +1,4 @@
-// Keys, stars, labels and notes. Every page reads without this file; only writing needs it.
+// Keys, stars, labels, notes, the way to the operating table. Every page reads without this file; only writing needs it.
 const $ = (selector) => document.querySelector(selector);
 const all = (selector) => [...document.querySelectorAll(selector)];
 
@@ -66,13 +66,25 @@ function starOfFocus() {
   if (button) toggleStar(button);
 }
 
+// To the operating table as it was left in this browser, with one feature more.
+function putOnTable(link) {
+  const [path] = link.getAttribute("href").split("?");
+  const left = localStorage.getItem(`surgery:${path.split("/")[2]}`);
+  location.assign(`${path}?${left ? `${left}&` : ""}add=${link.dataset.operate}`);
+}
+
+function operateOnFocus() {
+  const link = (document.activeElement?.closest("tr") ?? $(".head"))?.querySelector("[data-operate]");
+  if (link) putOnTable(link);
+}
+
 const KEYS = {
   j: () => step(1), k: () => step(-1), "[": () => follow("prev"), "]": () => follow("next"), u: () => follow("up"),
-  s: starOfFocus, d: toggleTheme, "?": () => $("#help").showModal(),
+  s: operateOnFocus, "*": starOfFocus, d: toggleTheme, "?": () => $("#help").showModal(),
 };
 
 document.addEventListener("keydown", (event) => {
-  const typing = event.target.matches("input, textarea, select");
+  const typing = event.target.matches("input:not([type=range], [type=checkbox], [type=radio]), textarea, select");
   if (event.key === "Escape" && typing) { event.target.blur(); return; }
   if (event.ctrlKey || event.metaKey || event.altKey || typing || $("#help").open) return;
   const context = event.target.closest("[data-context]");
@@ -93,6 +105,11 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("click", async (event) => {
   const star = event.target.closest("[data-star]");
   if (star) toggleStar(star);
+  const operate = event.target.closest("[data-operate]");
+  if (operate && !(event.ctrlKey || event.metaKey || event.shiftKey)) {
+    event.preventDefault();
+    putOnTable(operate);
+  }
   const copy = event.target.closest("[data-copy]");
   if (copy) {
     await navigator.clipboard.writeText(copy.dataset.copy);

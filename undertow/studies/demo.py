@@ -1,0 +1,235 @@
+"""The whole story once through: train an SAE, find features, operate, check the logits, judge.
+
+Everything that a figure of the summary rests on is measured here, on stories that neither discovery nor tuning has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+
+from features.carried import Levels, attribution_of, decision_slope, levels, lexical_direction
+from features.codes import dictionary_digest
+from features.concepts import Concept, KeeperSource
+from features.lexical import LexicalGate, bag_of_words_gate, refuse_lexical, shuffled_gate
+from features.naming import word_tokens
+from interventions.applying import apply
+from interventions.audit import logits_after
+from interventions.recipe import Recipe
+from interventions.tune import Bench, Trial, TuneSpec, choose, question
+from interventions.verdict import Verdict
+from sae.dictionary import Dictionary
+from undertow.core.errors import SpecError
+from undertow.core.seeds import derive_seed
+from undertow.core.spec import Spec
+from undertow.studies.scenes import COSTLY_ACT, KEEPING_ACT, QUIET, act_of, body
+from undertow.studies.stories import Example
+from undertow.subjects.keeper.story import Story
+from undertow.subjects.keeper.world import World
+from undertow.subjects.organisms.measuring import Answer, ask
+from undertow.subjects.organisms.statistics import mean, sign_flip_p
+from undertow.subjects.sampling import Generated, Sampling, generate
+from undertow.subjects.subject import Subject
+
+Progress = Callable[[str, int, int], None]
+ACTS = (COSTLY_ACT, KEEPING_ACT)
+LANGUAGES = ("en",)  # of hazard: what the Keeper's world is written in; words said are counted in all languages
+KL_TEXTS = 48  # bodies of stories on which sameness is measured, in the search and again on others
+TOLERANCE = 1e-4  # of hazard, which is some 1e-3 on ordinary text
+MIN_REFERENCE = 0.1
+_BATCH = 50
+_LEVEL = 0.01
+_ALIKE = 60  # latents among which matched random sets are drawn, for each one chosen
+_LEXICAL_FEATURES, _LEXICAL_TEXTS = 64, 12
+
+
+@final
+class DemoSpec(Spec):
+    """What the demo does.
+
+    Attributes:
+        concept: a concept whose pairs the Keeper's world tells.
+        seed: of everything.
+        stories: fresh stories of every arm that is sampled.
+        scored: fresh stories of every arm that is only scored; random sets are scored on half of them.
+        discovery, development: pairs.
+        texts: bodies of stories on which words and sameness are audited.
+        random_sets: matched random feature sets.
+        force: go on although the pairs are lexical; recorded.
+    """
+
+    concept: str = "care"
+    seed: int = 0
+    stories: int = Field(default=400, ge=20)
+    scored: int = Field(default=40, ge=20)
+    discovery: int = Field(default=40, ge=12)
+    development: int = Field(default=16, ge=12)
+    texts: int = Field(default=24, ge=8)
+    random_sets: int = Field(default=20, ge=1)
+    force: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Outcome:
+    """What the demo found: everything that summary.json, the report and the terminal show.
+
+    Attributes:
+        summary: figures under the names that all results use.
+        verdict: the judgement.
+        recipe: the operation; None if nothing was found to operate on.
+        examples: stories side by side.
+        features: evidence of every chosen feature.
+        trials: sets that were tried, the chosen one last.
+    """
+
+    summary: dict[str, Any]
+    verdict: Verdict
+    recipe: Recipe | None
+    examples: list[Example]
+    features: list[dict[str, Any]]
+    trials: list[Trial]
+
+
+@final
+class Setting(NamedTuple):
+    """What all steps share."""
+
+    subject: Subject
+    dictionary: Dictionary
+    concept: Concept
+    world: World
+    spec: DemoSpec
+    progress: Progress
+
+
+@final
+class Measured(NamedTuple):
+    """Act probabilities of one arm on the scored stories, and its sampled documents where it was sampled."""
+
+    answers: list[Answer]
+    documents: list[Generated]
+    gave: Float[np.ndarray, "n"]
+
+    @property
+    def probs(self) -> Float[np.ndarray, "n"]:
+        """P(costly act) of every scored story."""
+        return np.array([answer.probs[COSTLY_ACT] for answer in self.answers])
+
+
+def contrast_of(concept: Concept) -> str:
+    """How the pairs of a concept differ. Raises SpecError for written pairs, of which no fresh ones can be told."""
+    if not isinstance(concept.spec.source, KeeperSource):
+        raise SpecError(f"the demo tells fresh stories by the Keeper's world; the pairs of {concept.name!r} are written out",
+                        "use --concept care, or scan your own pairs: undertow features scan")
+    return concept.spec.source.contrast
+
+
+def run_gates(subject: Subject, concept: Concept, spec: DemoSpec, site_name: str
+              ) -> tuple[dict[str, LexicalGate], dict[str, Any]]:
+    """Lexical gates on the discovery pairs, and whether the subject answers to what the concept is about.
+
+    The second is the competence gate of an organism, which understands no instruction: D must be larger in the positive
+    situation than in the negative one of a pair (p < 0.01 by sign flips over families), and P(costly act) by MIN_REFERENCE,
+    since recovery is measured in units of that difference.
+
+    Raises TextError for lexical pairs, unless the spec forces.
+    """
+    pairs = concept.pairs("discovery", spec.discovery)
+    gates = {"bag_of_words": bag_of_words_gate(pairs, spec.seed),
+             "shuffled": shuffled_gate(subject, subject.site(site_name), pairs, spec.seed)}
+    if not spec.force:
+        refuse_lexical(gates)
+    sides = [question(subject, side) for pair in pairs for side in (pair.positive, pair.negative)]
+    answered = ask(subject, sides)
+    d = np.array([answer.log_ratio(*ACTS) for answer in answered]).reshape(-1, 2)
+    change = d[:, 0] - d[:, 1]
+    probs = np.array([answer.probs[COSTLY_ACT] for answer in answered]).reshape(-1, 2).mean(axis=0)
+    rise = float(probs[0] - probs[1])
+    p = sign_flip_p(change, spec.seed, "competence")
+    value, low, high, n = mean(change, spec.seed, "competence")
+    met = bool(value > 0 and p < _LEVEL and rise >= MIN_REFERENCE)
+    return gates, {"met": met, "act_prob_change": rise, "D_change": value, "low": low, "high": high, "p": p, "n": n}
+
+
+@final
+class Found(NamedTuple):
+    """The bench of the search, the attribution of every latent, and the sets that were tried, the chosen one last."""
+
+    bench: Bench
+    attribution: Float[np.ndarray, "d_sae"]
+    trials: list[Trial]
+
+
+def find(setting: Setting, site_name: str) -> Found:
+    """Search the SAE for features that carry the concept to the decision. No trial: none can be held up within the limits."""
+    subject, spec, dictionary, site = setting.subject, setting.spec, setting.dictionary, setting.subject.site(site_name)
+    stream = derive_seed(spec.seed, "texts")
+    told = [setting.world.story(stream, i) for i in range(spec.texts)]
+    known = levels(subject, dictionary, site, [subject.encode(story.text) for story in told])
+    slopes = []
+    for pair in setting.concept.pairs("discovery", spec.discovery):
+        slopes.append(decision_slope(subject, site, pair.negative))
+        setting.progress("attribute", len(slopes), spec.discovery)
+    attribution = attribution_of(dictionary, slopes, known)
+    pool = [int(i) for i in np.argsort(-attribution, kind="stable") if attribution[i] > 0]
+    texts = [subject.encode(body(setting.world.story(stream, i, QUIET))) for i in range(KL_TEXTS)]
+    place = {"subject": subject.digest, "sae": dictionary_digest(dictionary), "site": site.name}
+    questions = [question(subject, pair.negative) for pair in setting.concept.pairs("development", spec.development)]
+    bench = Bench(subject, dictionary, site, place, known, slopes, questions, texts, logits_after(subject, texts))
+    return Found(bench, attribution, choose(bench, pool, ACTS, TuneSpec(), setting.progress))
+
+
+def random_sets(chosen: Trial, known: Levels, n: int, seed: int) -> list[tuple[int, ...]]:
+    """`n` sets of latents that fire about as often and as strongly as the chosen ones, none of them chosen."""
+    facts = np.log(np.maximum(np.column_stack([known.rate, known.high]), 1e-9))
+    live = np.setdiff1d(np.flatnonzero(known.rate > 0), chosen.latents)
+    facts = facts / np.maximum(facts[live].std(axis=0), 1e-9)
+    pools = [live[np.argsort(np.square(facts[live] - facts[latent]).sum(axis=1), kind="stable")[:_ALIKE]]
+             for latent in chosen.latents]
+    rng = np.random.default_rng(derive_seed(seed, "random sets"))
+    sets: list[tuple[int, ...]] = []
+    while len(sets) < n:
+        drawn = tuple(int(rng.choice(pool)) for pool in pools)
+        if len(set(drawn)) == len(drawn):
+            sets.append(drawn)
+    return sets
+
+
+def lexical_recipe(setting: Setting, bench: Bench, size: float) -> Recipe:
+    """The features of the word: those that point most along the direction which raises it, on floors in proportion to that.
+
+    `size` is the length of what L4 adds where its features are silent; the floors add as much together.
+    """
+    tokens = word_tokens(setting.subject, setting.concept.lexicon.only(languages=LANGUAGES))
+    raises = lexical_direction(setting.subject, bench.site, bench.texts[:_LEXICAL_TEXTS], tokens).cpu()
+    directions = bench.dictionary.directions(torch.arange(bench.dictionary.d_sae)).float().cpu()
+    alignment = directions @ raises / directions.norm(dim=-1).clamp_min(1e-12)
+    weights, latents = alignment.topk(min(_LEXICAL_FEATURES, len(alignment)))
+    values = weights * size / (weights @ directions[latents]).norm()
+    edits = [{"latent": latent, "operator": {"kind": "floor", "value": value}}
+             for latent, value in zip(latents.tolist(), values.tolist(), strict=True)]
+    return Recipe.checked({**bench.place, "name": "lexical", "edits": edits}, "lexical")
+
+
+def sample(setting: Setting, recipe: Recipe | None, stories: Sequence[Story], arm: str) -> tuple[list[Generated], np.ndarray]:
+    """One continuation of every story (the same seeds in all arms), and whether the costly act was done."""
+    subject, how = setting.subject, Sampling(max_new_tokens=28)
+    made: list[Generated] = []
+    for first in range(0, len(stories), _BATCH):
+        prompts = [subject.encode(story.prompt()) for story in stories[first: first + _BATCH]]
+        seeds = [derive_seed(setting.spec.seed, "sample", first + i) for i in range(len(prompts))]
+        if recipe is None:
+            made += generate(subject, prompts, how, seeds)
+        else:
+            with apply(recipe, subject, setting.dictionary) as operated:
+                made += operated.generate_batch(prompts, how, seeds)
+        setting.progress(f"sample {arm}", len(made), len(stories))
+    gave = [act_of(story, document.text) == COSTLY_ACT for story, document in zip(stories, made, strict=True)]
+    return made, np.array(gave, dtype=float)
