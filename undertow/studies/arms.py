@@ -23,7 +23,6 @@ from undertow.lexicon.vocabulary import read_vocabulary
 from undertow.studies.demo import (
     ACTS,
     COSTLY_ACT,
-    KL_TEXTS,
     LANGUAGES,
     TOLERANCE,
     Measured,
@@ -82,7 +81,7 @@ def run_arms(setting: Setting, bench: Bench, chosen: Trial) -> Arms:
     """Measure all arms. Stories are sampled for SAMPLED, the others are scored."""
     subject, spec, world = setting.subject, setting.spec, setting.world
     told = scenes(world, cast(Contrast, contrast_of(setting.concept)), derive_seed(spec.seed, "arms"), spec.stories,
-                  max(spec.scored, spec.texts, KL_TEXTS))
+                  max(spec.scored, 2 * spec.texts))
     trie = spellings(subject, setting.concept.lexicon.only(languages=LANGUAGES))
     l4 = floors(bench, chosen, name="L4")
     before = Recipe.checked(l4.model_dump() | {"name": "L4-before", "window": "before_decision"}, "L4-before")
@@ -138,7 +137,7 @@ def _audits(setting: Setting, trie: TokenTrie, told: Scenes, recipes: Mapping[st
 
 
 def _kl(setting: Setting, told: Scenes, recipes: Mapping[str, Recipe]) -> dict[str, Float[np.ndarray, "token"]]:
-    rows = [setting.subject.encode(body(story)) for story in told.plain[:KL_TEXTS]]
+    rows = [setting.subject.encode(body(story)) for story in told.plain[: 2 * setting.spec.texts]]
     untouched = logits_after(setting.subject, rows)
     made = {}
     for arm in AUDITED:

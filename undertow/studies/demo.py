@@ -40,7 +40,6 @@ from undertow.subjects.subject import Subject
 Progress = Callable[[str, int, int], None]
 ACTS = (COSTLY_ACT, KEEPING_ACT)
 LANGUAGES = ("en",)  # of hazard: what the Keeper's world is written in; words said are counted in all languages
-KL_TEXTS = 48  # bodies of stories on which sameness is measured, in the search and again on others
 TOLERANCE = 1e-4  # of hazard, which is some 1e-3 on ordinary text
 MIN_REFERENCE = 0.1
 _BATCH = 50
@@ -59,7 +58,7 @@ class DemoSpec(Spec):
         stories: fresh stories of every arm that is sampled.
         scored: fresh stories of every arm that is only scored; random sets are scored on half of them.
         discovery, development: pairs.
-        texts: bodies of stories on which words and sameness are audited.
+        texts: bodies of stories on which hazard is measured; sameness is on twice as many, in the search and again on others.
         random_sets: matched random feature sets.
         force: go on although the pairs are lexical; recorded.
     """
@@ -179,7 +178,7 @@ def find(setting: Setting, site_name: str) -> Found:
         setting.progress("attribute", len(slopes), spec.discovery)
     attribution = attribution_of(dictionary, slopes, known)
     pool = [int(i) for i in np.argsort(-attribution, kind="stable") if attribution[i] > 0]
-    texts = [subject.encode(body(setting.world.story(stream, i, QUIET))) for i in range(KL_TEXTS)]
+    texts = [subject.encode(body(setting.world.story(stream, i, QUIET))) for i in range(2 * spec.texts)]
     place = {"subject": subject.digest, "sae": dictionary_digest(dictionary), "site": site.name}
     questions = [question(subject, pair.negative) for pair in setting.concept.pairs("development", spec.development)]
     bench = Bench(subject, dictionary, site, place, known, slopes, questions, texts, logits_after(subject, texts))
