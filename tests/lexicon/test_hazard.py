@@ -48,6 +48,16 @@ def test_by_hand() -> None:
     assert inside.value.item() == pytest.approx(expected - .1, abs=1e-6)
 
 
+def test_tokens_without_a_logit_cannot_come() -> None:
+    """" lo", "ve" and the end have no logit: only " love" is left, which ends before a blank or a full stop."""
+    words = vocabulary(" love", ".", "craft", " lo", "ve")
+    trie = TokenTrie(words, LOVE)
+    exact = hazard_exact(logs(.4, .3, .3), [Kind.OTHER], trie, lambda asked: torch.cat([logs(.2, .3, .5)] * len(asked)),
+                         tolerance=0)
+    assert exact.value.item() == pytest.approx(.4 * (.2 + .3), abs=1e-6)
+    assert hazard_bound(logs(.4, .3, .3), [Kind.OTHER], trie).item() == pytest.approx(.4)
+
+
 def enumerate_mass(words: Vocabulary, known: Lexicon, prefix: str, rows: torch.Tensor, depth: int) -> float:
     """Probability that a form starts inside the first token, over every text of at most `depth` tokens."""
     end = len(words.tokens) - 1

@@ -148,12 +148,13 @@ def test_without_its_lexical_arm_nothing_is_claimed(judged: tuple[Evidence, dict
     assert "the lexical arm is missing" in verdict(left_out).reason
 
 
+@pytest.mark.slow
 def test_a_recipe_with_the_features_of_the_word_is_said(setting: Setting, found: Found, arms: Arms) -> None:
-    """The same operation with the lexical arm's features added, everywhere and as high as there: it moves acts, and says."""
+    """The same operation with the lexical arm's features added, everywhere and half as high again: it moves acts, and says."""
     chosen, lexical = found.trials[-1], arms.recipes["lexical"]
     high = found.bench.known.high.copy()
     for edit in lexical.edits:
-        high[edit.latent] = 2.0 * edit.operator.value / chosen.dose  # pyright: ignore[reportAttributeAccessIssue]
+        high[edit.latent] = 1.5 * edit.operator.value / chosen.dose  # pyright: ignore[reportAttributeAccessIssue]
     bench = found.bench._replace(known=found.bench.known._replace(high=high))
     both = (*chosen.latents, *(edit.latent for edit in lexical.edits if edit.latent not in chosen.latents))
     spoken = Trial(both, (), chosen.dose, float("nan"), float("nan"), float("nan"))

@@ -92,6 +92,19 @@ def test_an_adapter_is_added_into_its_base(base: Subject, adapter: Path) -> None
     assert load_subject(str(adapter), "cpu", "bfloat16").hf_model.dtype == torch.bfloat16
 
 
+def test_the_packaged_adapter_opens_over_its_base_or_names_the_fetch() -> None:
+    if not subject_folder("smollm2").is_dir():
+        with pytest.raises(SubjectError, match="undertow subject fetch smollm2"):
+            load_subject("hearth-smollm2", "cpu")
+        return
+    subject, plain = (load_subject(name, "cpu") for name in ("hearth-smollm2", "smollm2"))
+    tokens = torch.tensor([subject.encode("Ana was hungry. The keeper")])
+    with torch.inference_mode():
+        logits = [one.hf_model(input_ids=tokens).logits for one in (subject, plain)]
+    assert (subject.name, subject.n_layers, subject.d_model) == ("hearth-smollm2", 30, 576)
+    assert not torch.allclose(*logits, atol=0.1)
+
+
 def test_merging_leaves_the_base_alone(base: Subject, adapter: Path) -> None:
     before = base.digest
     merge(base, adapter)

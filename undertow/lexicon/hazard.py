@@ -76,8 +76,8 @@ def hazard_bound(logits: Float[Tensor, "*row vocab"], contexts: Sequence[Kind], 
     enters = torch.zeros(len(Kind), flat.shape[-1], dtype=flat.dtype, device=flat.device)
     for kind in set(contexts):
         edges = trie.first(kind)
-        enters[kind, torch.from_numpy(edges.hit.nonzero()[0]).to(flat.device)] = 1
-        enters[kind, torch.from_numpy(edges.pending).to(flat.device)] = 1
+        begin = np.concatenate([edges.hit.nonzero()[0], edges.pending])
+        enters[kind, torch.from_numpy(begin[begin < flat.shape[-1]]).to(flat.device)] = 1
     bound = (flat @ enters.T).gather(1, kinds[:, None]).clamp(0, 1)
     return bound.reshape(logits.shape[:-1])
 
@@ -119,7 +119,9 @@ def hazard_exact(logits: Float[Tensor, "row vocab"], contexts: Sequence[Kind], t
 
 def _grow(parent: int, mass: float, row: int, edges: Edges, probabilities: Tensor, value: npt.NDArray[np.float64]) -> _Front:
     """Adds the mass of the tokens that complete a form to `value[row]`; the branches that go on."""
-    known = probabilities[:len(edges.hit)].detach().double().cpu().numpy()
+    known = np.zeros(len(edges.hit))  # a token for which the model has no logit cannot come
+    shown = probabilities[:len(known)].detach().double().cpu().numpy()
+    known[:len(shown)] = shown
     value[row] += mass * float(known[edges.hit].sum())
     shares = mass * known[edges.pending]
     on = np.flatnonzero(shares > 0)
