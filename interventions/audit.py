@@ -49,11 +49,13 @@ class AuditSpec(Spec):
 
     Attributes:
         tolerance: hazard that need not be followed, a token; None takes the upper bound of one forward pass instead.
+        relative: the same as a share of the hazard found at the token; the larger of the two holds.
         depth: tokens that a spelling may have, at most.
         batch_tokens: tokens in one forward pass, padding included.
     """
 
     tolerance: float | None = Field(default=1e-5, ge=0, lt=1)
+    relative: float = Field(default=0.0, ge=0, lt=1)
     depth: int = Field(default=8, ge=1)
     batch_tokens: int = Field(default=1_024, ge=1)
 
@@ -267,7 +269,7 @@ def _hazard(logits: Float[Tensor, "token vocab"], ids: Sequence[int], ahead: Nex
     for start in range(0, len(contexts), step):
         part = slice(start, start + step)
         found = hazard_exact(logits[part], contexts[part], way.trie, ahead.after(ids, start + 2), way.spec.tolerance,
-                             way.spec.depth)
+                             way.spec.depth, way.spec.relative)
         values.append(found.value)
         slacks.append(found.slack)
     return torch.cat(values).double().numpy(), torch.cat(slacks).double().numpy()

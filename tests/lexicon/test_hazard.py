@@ -115,6 +115,9 @@ def test_against_every_text_of_a_toy_model(words: Vocabulary, known: Lexicon, de
     loose = hazard_exact(logits, [context], trie, next_logits, tolerance=.05, depth=depth + 2)
     assert loose.value.item() <= truth + 1e-6 <= loose.value.item() + loose.slack.item() + 2e-6
     assert loose.slack.item() <= .05 and loose.expanded <= exact.expanded
+    share = hazard_exact(logits, [context], trie, next_logits, tolerance=0, depth=depth + 2, relative=.2)
+    assert share.value.item() <= truth + 1e-6 <= share.value.item() + share.slack.item() + 2e-6
+    assert share.slack.item() <= .2 * share.value.item() + 1e-9
     cut = hazard_exact(logits, [context], trie, next_logits, tolerance=0, depth=1)
     assert cut.value.item() + cut.slack.item() == pytest.approx(bound, abs=1e-5)
 

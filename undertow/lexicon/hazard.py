@@ -83,7 +83,8 @@ def hazard_bound(logits: Float[Tensor, "*row vocab"], contexts: Sequence[Kind], 
 
 
 def hazard_exact(logits: Float[Tensor, "row vocab"], contexts: Sequence[Kind], trie: TokenTrie,
-                 next_logits: Callable[[list[Continuation]], Tensor], tolerance: float = 1e-6, depth: int = 8) -> Hazard:
+                 next_logits: Callable[[list[Continuation]], Tensor], tolerance: float = 1e-6, depth: int = 8,
+                 relative: float = 0.0) -> Hazard:
     """The hazard of each row, by following every spelling as far as it has mass.
 
     Args:
@@ -93,6 +94,7 @@ def hazard_exact(logits: Float[Tensor, "row vocab"], contexts: Sequence[Kind], t
         next_logits: logits [continuation, vocab] (or log-probabilities) after each of the given continuations, 64 at most.
         tolerance: mass a row that need not be followed, in [0, 1]; the smallest branches are left first. 0 follows all.
         depth: tokens a spelling may have, at most.
+        relative: the same as a share of what has been found in the row so far; the larger of the two holds.
 
     Raises NumericsError for logits with NaN.
     """
@@ -101,7 +103,7 @@ def hazard_exact(logits: Float[Tensor, "row vocab"], contexts: Sequence[Kind], t
     grown = [_grow(i, 1.0, i, trie.first(contexts[i]), shares, value) for i, shares in enumerate(_probabilities(logits))]
     expanded = 0
     for _ in range(depth - 1):
-        front = _pruned(_joined(grown), slack, tolerance / max(depth - 1, 1))
+        front = _pruned(_joined(grown), slack, np.maximum(tolerance, relative * value) / (depth - 1))
         asked = [Continuation(row, (*asked[parent].tokens, token))
                  for parent, row, token in zip(front.parent.tolist(), front.row.tolist(), front.token.tolist(), strict=True)]
         expanded += len(asked)
@@ -137,14 +139,14 @@ def _joined(fronts: Sequence[_Front]) -> _Front:
                   np.concatenate([f.mass for f in fronts]))
 
 
-def _pruned(front: _Front, slack: npt.NDArray[np.float64], allowance: float) -> _Front:
-    """All but the smallest branches, whose mass (at most `allowance` a row) goes to `slack`, in the order of parents."""
+def _pruned(front: _Front, slack: npt.NDArray[np.float64], allowance: npt.NDArray[np.float64]) -> _Front:
+    """All but the smallest branches, whose mass (at most `allowance[row]`) goes to `slack`, in the order of parents."""
     order = np.lexsort((front.mass, front.row))
     mass, row = front.mass[order], front.row[order]
     total = mass.cumsum()
     first = np.flatnonzero(np.diff(row, prepend=-1))
     before = np.repeat((total - mass)[first], np.diff(np.append(first, len(row))))
-    small = total - before <= allowance
+    small = total - before <= allowance[row]
     np.add.at(slack, row[small], mass[small])
     kept = np.sort(order[~small])
     return _Front(front.parent[kept], front.row[kept], front.token[kept], front.node[kept], front.mass[kept])

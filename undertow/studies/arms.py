@@ -24,6 +24,7 @@ from undertow.studies.demo import (
     ACTS,
     COSTLY_ACT,
     LANGUAGES,
+    RELATIVE,
     TOLERANCE,
     Measured,
     Setting,
@@ -131,7 +132,7 @@ def _audits(setting: Setting, trie: TokenTrie, told: Scenes, recipes: Mapping[st
     for arm in AUDITED:
         known = next(iter(made.values())).hazard_base if made else None
         operated = apply(recipes[arm], setting.subject, setting.dictionary)
-        made[arm] = audit(setting.subject, operated, rows, trie, AuditSpec(tolerance=TOLERANCE), known,
+        made[arm] = audit(setting.subject, operated, rows, trie, AuditSpec(tolerance=TOLERANCE, relative=RELATIVE), known,
                           lambda done, total, arm=arm: setting.progress(f"audit {arm}", done, total))
     return made
 

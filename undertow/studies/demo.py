@@ -40,7 +40,7 @@ from undertow.subjects.subject import Subject
 Progress = Callable[[str, int, int], None]
 ACTS = (COSTLY_ACT, KEEPING_ACT)
 LANGUAGES = ("en",)  # of hazard: what the Keeper's world is written in; words said are counted in all languages
-TOLERANCE = 1e-4  # of hazard, which is some 1e-3 on ordinary text
+TOLERANCE, RELATIVE = 3e-5, 0.02  # of hazard, which is some 1e-4 on ordinary text
 MIN_REFERENCE = 0.1
 _BATCH = 50
 _LEVEL = 0.01
