@@ -1,6 +1,6 @@
 """The demo on the packaged organisms: hearth is moved without the word, parrot answers only to the word, noise cannot answer.
 
-The SAE is smaller and the stories are fewer than the command takes; whole runs on fresh seeds are marked slow.
+The SAE is smaller and the stories are fewer than the command takes. What runs all arms is marked slow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 
 from features.concepts import load_concept
 from features.contrast import Families, sign_flip_max
-from interventions.tune import Trial, question
+from interventions.tune import Trial, answers, mean_d, question
 from interventions.verdict import Evidence, verdict
 from sae.formats import load
 from tests import tiny, tiny_keeper
@@ -114,23 +114,30 @@ def test_shuffled_labels_leave_no_latent_significant(setting: Setting, found: Fo
     assert sum(significant) <= 4  # 1 is expected at 0.05; the chance of 5 or more is 0.003
 
 
-def test_the_found_set_is_carried(setting: Setting, found: Found, arms: Arms) -> None:
+def test_the_found_set_is_within_the_limits_and_carried(found: Found) -> None:
     chosen = found.trials[-1]
     assert found.attribution[chosen.latents[0]] > 0
     assert chosen.kl_mean <= 0.009
     assert chosen.kl_p99 <= 0.09
+    assert chosen.d > mean_d(answers(found.bench, None, found.bench.questions), *ACTS) + 0.3
+
+
+@pytest.mark.slow
+def test_the_chosen_set_moves_fresh_stories_and_random_sets_do_not(arms: Arms) -> None:
     base, l4, before = (arms.measured[arm].probs.mean() for arm in ("stranger", "L4", "L4-before"))
     assert l4 > base + 0.1
     assert before > base + 0.1
     assert max(arms.random) < l4
 
 
+@pytest.mark.slow
 def test_sham_is_exactly_zero_and_stories_are_the_same(arms: Arms, judged: tuple[Evidence, dict[str, object]]) -> None:
     assert judged[0].sham_change == 0.0
     assert float(arms.kl["sham"].max()) == 0.0
     assert arms.measured["sham"].answers == arms.measured["stranger"].answers
 
 
+@pytest.mark.slow
 def test_figures_have_the_agreed_names(judged: tuple[Evidence, dict[str, object]], setting: Setting) -> None:
     figures = json.loads(json.dumps(judged[1]))
     assert {"recovery", "recovery_low", "recovery_high", "recovery_before", "delta_d", "delta_d_low", "hazard_ratio",
@@ -142,6 +149,7 @@ def test_figures_have_the_agreed_names(judged: tuple[Evidence, dict[str, object]
     assert figures["arms"]["random"]["sets"] == setting.spec.random_sets == 20
 
 
+@pytest.mark.slow
 def test_without_its_lexical_arm_nothing_is_claimed(judged: tuple[Evidence, dict[str, object]]) -> None:
     left_out = dataclasses.replace(judged[0], arms=judged[0].arms - {"lexical"})
     assert verdict(left_out)[::2] == ("inconclusive", 1)
