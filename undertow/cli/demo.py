@@ -40,7 +40,7 @@ def demo(
 ) -> None:
     """Train an SAE, find features that carry a state to the decision, hold them up, check the logits, and judge.
 
-    About 3 minutes on 2 cores for hearth. Writes summary.json, report.html, the SAE and the recipe. Exit code 0 whatever the
+    Three to ten minutes on 2 cores for hearth. Writes summary.json, report.html, the SAE and the recipe. Exit code 0 whatever the
     verdict is.
     """
     from features.concepts import load_concept
