@@ -40,8 +40,8 @@ def demo(
 ) -> None:
     """Train an SAE, find features that carry a state to the decision, hold them up, check the logits, and judge.
 
-    Three to ten minutes on 2 cores for hearth. Writes summary.json, report.html, the SAE and the recipe. Exit code 0 whatever the
-    verdict is.
+    Three to ten minutes on 2 cores for hearth. Writes summary.json, report.html, the SAE and the recipe. Exit code 0
+    whatever the verdict is.
     """
     from features.concepts import load_concept
     from undertow.cli.progress import Phases
