@@ -61,16 +61,6 @@ def levels(subject: Subject, dictionary: Dictionary, site: Site, rows: Sequence[
     return Levels(counts / max(1, sum(len(ids) - 1 for ids in rows)), high.astype(float))
 
 
-def carried_attribution(subject: Subject, dictionary: Dictionary, site: Site, situations: Sequence[Situation], known: Levels,
-                        progress: Progress = silent) -> Float[np.ndarray, "d_sae"]:
-    """A of every latent, in nats of D. Raises TextError if no first token tells the acts of a situation apart."""
-    slopes = []
-    for situation in situations:
-        slopes.append(decision_slope(subject, site, situation))
-        progress(len(slopes), len(situations))
-    return attribution_of(dictionary, slopes, known)
-
-
 def lexical_direction(subject: Subject, site: Site, rows: Sequence[Sequence[int]], tokens: Int64[Tensor, "token"]
                       ) -> Float[Tensor, "d_model"]:
     """The direction, of length 1, that raises the word most by first order: the mean gradient of log P(one of `tokens` comes
@@ -90,7 +80,7 @@ class Slope(NamedTuple):
 
 
 def decision_slope(subject: Subject, site: Site, situation: Situation) -> Slope:
-    """∂D/∂x at the tokens before the decision site."""
+    """∂D/∂x at the tokens before the decision site. Raises TextError if no first token tells the acts apart."""
     decision = tokenised(subject, situation)
     costly, keep = ({wording[0] for wording in act} for act in (decision.costly, decision.keep))
     if costly <= keep or keep <= costly:
@@ -103,6 +93,15 @@ def decision_slope(subject: Subject, site: Site, situation: Situation) -> Slope:
     return _slope(subject, site, decision.prompt, difference, 1)
 
 
+def decision_slopes(subject: Subject, site: Site, situations: Sequence[Situation], progress: Progress = silent) -> list[Slope]:
+    """`decision_slope` of every situation, in order."""
+    slopes = []
+    for situation in situations:
+        slopes.append(decision_slope(subject, site, situation))
+        progress(len(slopes), len(situations))
+    return slopes
+
+
 def room(dictionary: Dictionary, slope: Slope, known: Levels) -> Float[Tensor, "pos d_sae"]:
     """max(0, h_i − f_{i,t}) · d_i · gradient_t: what a floor at h_i changes at every token, by first order."""
     missing = (torch.from_numpy(known.high).to(slope.x) - dictionary.encode(slope.x)).clamp(min=0)
@@ -111,7 +110,7 @@ def room(dictionary: Dictionary, slope: Slope, known: Levels) -> Float[Tensor, "
 
 
 def attribution_of(dictionary: Dictionary, slopes: Sequence[Slope], known: Levels) -> Float[np.ndarray, "d_sae"]:
-    """Mean over `slopes` of what a floor of every latent changes, summed over tokens."""
+    """A of every latent, from `decision_slopes`: in nats of D."""
     total = sum(room(dictionary, slope, known).sum(dim=0).double() for slope in slopes) / len(slopes)
     assert isinstance(total, Tensor)
     return total.numpy(force=True)

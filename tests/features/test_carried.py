@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from features.carried import Levels, Slope, carried_attribution, levels, lexical_direction, trigger_of
+from features.carried import Levels, Slope, attribution_of, decision_slopes, levels, lexical_direction, trigger_of
 from features.concepts import Situation
 from features.deciding import tokenised
 from sae.dictionary import LinearDictionary, Provenance, ReLU
@@ -50,7 +50,7 @@ def test_equals_the_slope_of_a_floor_before_the_decision(subject: Subject, site_
     site, step = subject.site(site_name), 1e-3
     sae = dictionary(subject, site_name)
     known = Levels(np.ones(D_SAE), np.full(D_SAE, 0.8))
-    found = carried_attribution(subject, sae, site, SITUATIONS, known)
+    found = attribution_of(sae, decision_slopes(subject, site, SITUATIONS), known)
     directions = sae.directions(torch.arange(D_SAE))
     for latent in (0, 5, 11):
         slopes = []
@@ -75,13 +75,13 @@ def test_equals_the_slope_of_a_floor_before_the_decision(subject: Subject, site_
 def test_a_latent_above_its_level_has_no_room(subject: Subject) -> None:
     site = subject.site("blocks.0.hook_resid_post")
     sae = dictionary(subject, site.name)
-    assert not carried_attribution(subject, sae, site, SITUATIONS, Levels(np.ones(D_SAE), np.zeros(D_SAE))).any()
+    assert not attribution_of(sae, decision_slopes(subject, site, SITUATIONS), Levels(np.ones(D_SAE), np.zeros(D_SAE))).any()
 
 
 def test_hooks_are_gone_and_weights_have_no_gradient(subject: Subject) -> None:
     site = subject.site("blocks.0.hook_resid_post")
     before = first_token_d(subject, SITUATIONS[0])
-    carried_attribution(subject, dictionary(subject, site.name), site, SITUATIONS, Levels(np.ones(D_SAE), np.ones(D_SAE)))
+    decision_slopes(subject, site, SITUATIONS)
     assert first_token_d(subject, SITUATIONS[0]) == before
     assert all(not block._forward_hooks and not block._forward_pre_hooks for block in subject.blocks)
     assert all(parameter.grad is None for parameter in subject.hf_model.parameters())
@@ -104,7 +104,7 @@ def test_acts_that_begin_alike_are_refused(subject: Subject) -> None:
     alike = Situation("It was cold. The keeper", {"give": (" kept it for Ana.",), "keep": (" kept it.",)}, "give", "keep")
     site = subject.site("blocks.0.hook_resid_post")
     with pytest.raises(TextError, match="cannot be told apart by the first tokens"):
-        carried_attribution(subject, dictionary(subject, site.name), site, [alike], Levels(np.ones(D_SAE), np.ones(D_SAE)))
+        decision_slopes(subject, site, [alike])
 
 
 def test_the_word_is_raised_along_its_direction_and_across_it_is_not(subject: Subject) -> None:

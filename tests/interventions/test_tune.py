@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from features.carried import Levels, decision_slope
+from features.carried import Levels, decision_slopes
 from features.codes import dictionary_digest
 from interventions.audit import logits_after
 from interventions.tune import DOSES, Bench, Trial, TuneSpec, answers, choose, floors, largest_dose, mean_d, question, sameness
@@ -23,7 +23,7 @@ def bench() -> Bench:
              ("mill", "inn", "hut", "ford", "quay", "barn", "farm", "lock")]
     return Bench(made.subject, made.dictionary, made.site,
                  {"subject": made.subject.digest, "sae": dictionary_digest(made.dictionary), "site": made.site.name},
-                 KNOWN, [decision_slope(made.subject, made.site, pair.negative) for pair in made.pairs[:4]],
+                 KNOWN, decision_slopes(made.subject, made.site, [pair.negative for pair in made.pairs[:4]]),
                  [question(made.subject, pair.negative) for pair in made.pairs[:4]], texts,
                  logits_after(made.subject, texts))
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 
-from features.carried import Levels, attribution_of, decision_slope, levels, lexical_direction
+from features.carried import Levels, attribution_of, decision_slopes, levels, lexical_direction
 from features.codes import dictionary_digest
 from features.concepts import Concept, KeeperSource
 from features.lexical import LexicalGate, bag_of_words_gate, refuse_lexical, shuffled_gate
@@ -172,10 +172,8 @@ def find(setting: Setting, site_name: str) -> Found:
     stream = derive_seed(spec.seed, "texts")
     told = [setting.world.story(stream, i) for i in range(spec.texts)]
     known = levels(subject, dictionary, site, [subject.encode(story.text) for story in told])
-    slopes = []
-    for pair in setting.concept.pairs("discovery", spec.discovery):
-        slopes.append(decision_slope(subject, site, pair.negative))
-        setting.progress("attribute", len(slopes), spec.discovery)
+    slopes = decision_slopes(subject, site, [pair.negative for pair in setting.concept.pairs("discovery", spec.discovery)],
+                             lambda done, total: setting.progress("attribute", done, total))
     attribution = attribution_of(dictionary, slopes, known)
     pool = [int(i) for i in np.argsort(-attribution, kind="stable") if attribution[i] > 0]
     texts = [subject.encode(body(setting.world.story(stream, i, QUIET))) for i in range(2 * spec.texts)]
