@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from dashboards.evidence import Evidence, EvidenceShelf
 from dashboards.finding import Collection
 from dashboards.notes import Notes
 from dashboards.prompting import Reader
@@ -37,6 +38,7 @@ class Dashboard:
         surgeon: operates.
         runs: finished runs with their verdicts.
         where: the folder that was looked through, in words.
+        evidence: what searches found of the features.
         templates: the pages' templates.
     """
 
@@ -46,6 +48,7 @@ class Dashboard:
     surgeon: Surgeon
     runs: RunShelf
     where: str
+    evidence: EvidenceShelf = field(default_factory=lambda: EvidenceShelf(None))
     templates: Environment = field(default_factory=environment)
 
     @property
@@ -73,6 +76,12 @@ def dashboard_of(request: Request) -> Dashboard:
 def store_of(request: Request) -> FeatureStore:
     """The store that the address names. Raises HTTPException 404."""
     return dashboard_of(request).store(request.path_params["store"])
+
+
+def evidence_of(request: Request, key: str) -> Evidence | None:
+    """What the search of that name found of the store that the address names. Raises SpecError if there is none of that name.
+    """
+    return dashboard_of(request).evidence.of(store_of(request)).named(key)
 
 
 def respond(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:

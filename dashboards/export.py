@@ -16,6 +16,7 @@ from jaxtyping import Int64
 from markupsafe import Markup
 from numpy import ndarray
 
+from dashboards.evidence import Evidence
 from dashboards.feature_page import Display, feature_page
 from dashboards.layout import HEAT, N_INTERVALS
 from dashboards.notes import Marks, Notes
@@ -47,8 +48,12 @@ def known_latents(store: FeatureStore, typed: str, most: int) -> list[int]:
     return [store.known(int(part)) for part in dict.fromkeys(parts)]
 
 
-def table_of(store: FeatureStore, marks: Marks, latents: Int64[ndarray, "n"]) -> pyarrow.Table:
-    """The features table: one row a feature, in the order of `latents`; figures as in `layout.COLUMNS`."""
+def table_of(store: FeatureStore, marks: Marks, latents: Int64[ndarray, "n"], evidence: Evidence | None = None
+             ) -> pyarrow.Table:
+    """The features table: one row a feature, in the order of `latents`; figures as in `layout.COLUMNS`.
+
+    With `evidence` also its measures, named as in `evidence.MEASURES`, and `chosen`: the order of choice, from 1.
+    """
     import pyarrow
 
     vocabulary = np.array([*store.vocabulary.between(0, len(store.vocabulary)), ""], dtype=object)  # −1 is the last: ""
@@ -58,6 +63,9 @@ def table_of(store: FeatureStore, marks: Marks, latents: Int64[ndarray, "n"]) ->
         **{name: (store.density if name == "density" else store.columns[name])[latents] for name in _FIGURES},
         "peak_token": vocabulary[store.columns["peak_token"][latents]],
         "promoted_token": vocabulary[store.columns["promoted_token"][latents]]}
+    if evidence is not None:
+        for name in ("chosen", *evidence.columns):
+            columns[name] = pyarrow.array(evidence.column(name, store.d_sae)[latents], from_pandas=True)  # NaN is no value
     return pyarrow.table(columns, metadata={"sae": store.name, "dictionary": store.dictionary, "n_tokens": str(store.n_tokens),
                                             "text": store.record["spec"]["text"]["source"]})
 

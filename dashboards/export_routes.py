@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from dashboards.answering import dashboard_of, keep, store_of
+from dashboards.answering import dashboard_of, evidence_of, keep, store_of
+from dashboards.evidence import Evidence
 from dashboards.export import (
     NEURONPEDIA_BATCH,
     SOURCE_SET,
@@ -58,12 +59,14 @@ def _neuronpedia(request: Request) -> Response:
     return keep(json.dumps(made.batches[0], ensure_ascii=False), f"{slug(store.name)}-neuronpedia.json", "application/json")
 
 
-def _filtered(request: Request) -> tuple[FeatureStore, Marks, Int64[ndarray, "n"]]:
-    """The store, its marks, and the features that pass the filters of the address, sorted."""
+def _filtered(request: Request) -> tuple[FeatureStore, Marks, Int64[ndarray, "n"], Evidence | None]:
+    """The store, its marks, the features that pass the filters of the address, sorted, and what a search found of them."""
     store = store_of(request)
     marks = dashboard_of(request).notes.marks(store.dictionary)
-    selection = select(store, marks, Query.read(request.query_params))
-    return store, marks, selection.window(0, len(selection.latents))
+    query = Query.read(request.query_params)
+    evidence = evidence_of(request, query.sought.evidence)
+    selection = select(store, marks, query, evidence)
+    return store, marks, selection.window(0, len(selection.latents)), evidence
 
 
 def _chosen(request: Request, most: int) -> list[int]:
@@ -72,7 +75,8 @@ def _chosen(request: Request, most: int) -> list[int]:
     if (typed := request.query_params.get("latents", "").strip()):
         return known_latents(store, typed, most)
     query = Query.read(request.query_params)
-    selection = select(store, dashboard_of(request).notes.marks(store.dictionary), query)
+    selection = select(store, dashboard_of(request).notes.marks(store.dictionary), query,
+                       evidence_of(request, query.sought.evidence))
     return [int(latent) for latent in selection.window((query.page - 1) * PAGE, query.page * PAGE)]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from dashboards.evidence import FAILS, MEASURES, NAMING, Evidence
 from dashboards.layout import LOGIT_BINS, N_INTERVALS
 from dashboards.notes import Entry, Notes
 from dashboards.passages import Passage, Width, passages
@@ -62,6 +64,25 @@ class Group(NamedTuple):
     passages: tuple[Passage, ...]
 
 
+class Measure(NamedTuple):
+    """A figure of a search; `fails` says that a naming screen ties the feature to the word."""
+
+    name: str
+    meaning: str
+    value: float
+    fails: bool
+
+
+class Finding(NamedTuple):
+    """What one search found of the feature; `rank` is its place among the chosen, from 1, None if it was not chosen."""
+
+    key: str
+    title: str
+    rank: int | None
+    n_chosen: int
+    measures: tuple[Measure, ...]
+
+
 class FeaturePage(NamedTuple):
     """One feature.
 
@@ -76,6 +97,7 @@ class FeaturePage(NamedTuple):
         logits: number of tokens by effect on their logit.
         neighbours: features with the nearest directions.
         labels, notes: newest first.
+        findings: what searches found of it; those that say nothing of it are left out.
         command: what prints the same on the command line.
     """
 
@@ -91,10 +113,12 @@ class FeaturePage(NamedTuple):
     neighbours: tuple[Neighbour, ...]
     labels: tuple[Entry, ...]
     notes: tuple[Entry, ...]
+    findings: tuple[Finding, ...]
     command: str
 
 
-def feature_page(store: FeatureStore, latent: int, notes: Notes | None, display: Display) -> FeaturePage:
+def feature_page(store: FeatureStore, latent: int, notes: Notes | None, display: Display, searches: Sequence[Evidence] = ()
+                 ) -> FeaturePage:
     """The page of one feature; without `notes` it has no labels. Raises DictionaryError if there is none of that number."""
     detail = store.details[store.known(latent)]
     figures = {name: values[latent].item() for name, values in store.columns.items() if not name.endswith("_token")}
@@ -106,7 +130,17 @@ def feature_page(store: FeatureStore, latent: int, notes: Notes | None, display:
         logits=_logits(detail), neighbours=_neighbours(store, detail["neighbours"]),
         labels=notes.labels(store.dictionary, latent) if notes else (),
         notes=notes.notes(store.dictionary, latent) if notes else (),
+        findings=tuple(finding for search in searches if (finding := _finding(search, latent)) is not None),
         command=show_command(store, latent))
+
+
+def _finding(search: Evidence, latent: int) -> Finding | None:
+    measured, rank = search.of(latent), search.rank(latent)
+    if not measured and rank is None:
+        return None
+    return Finding(search.key, search.title, rank, len(search.chosen), tuple(
+        Measure(name, MEASURES[name], value, name in (*NAMING, "naming_p") and value < FAILS)
+        for name, value in measured.items()))
 
 
 def show_command(store: FeatureStore, latent: int) -> str:

@@ -16,7 +16,8 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from dashboards import export_routes, run_routes, surgery_routes
-from dashboards.answering import Dashboard, dashboard_of, json_body, respond, store_of
+from dashboards.answering import Dashboard, dashboard_of, evidence_of, json_body, respond, store_of
+from dashboards.evidence import MEASURES, search_command
 from dashboards.feature_page import Display, feature_page, to_json
 from dashboards.finding import advice
 from dashboards.guard import Access, Guard
@@ -85,18 +86,23 @@ def _features(request: Request) -> Response:
     dashboard = dashboard_of(request)
     store = store_of(request)
     query = Query.read(request.query_params)
-    page = table_page(store, dashboard.notes.marks(store.dictionary), query)
-    return respond(request, "features.html", query=query, page=page, words=query.params(page=query.page))
+    searches = dashboard.evidence.of(store)
+    chosen = searches.named(query.sought.evidence)
+    page = table_page(store, dashboard.notes.marks(store.dictionary), query, chosen)
+    return respond(request, "features.html", query=query, typed=query.words(), page=page, words=query.params(page=query.page),
+                   searches=searches, evidence=chosen, measures=MEASURES, search=search_command(store))
 
 
 def _feature(request: Request) -> Response:
     dashboard = dashboard_of(request)
     store, latent = store_of(request), request.path_params["latent"]
     query, display = Query.read(request.query_params), Display.read(request.query_params)
-    page = feature_page(store, latent, dashboard.notes, display)
+    searches = dashboard.evidence.of(store)
+    page = feature_page(store, latent, dashboard.notes, display, list(searches.found.values()))
     marks = dashboard.notes.marks(store.dictionary)
-    selection = select(store, marks, query)
-    return respond(request, "feature.html", page=page, query=query, display=display, words=query.params(page=query.page),
+    selection = select(store, marks, query, searches.named(query.sought.evidence))
+    return respond(request, "feature.html", search=search_command(store), page=page, query=query, display=display,
+                   words=query.params(page=query.page),
                    around=selection.around(latent), n_passing=len(selection.latents), starred=latent in marks.starred,
                    label=marks.labels.get(latent, ""), max_label=MAX_LABEL, max_note=MAX_NOTE)
 
@@ -104,7 +110,9 @@ def _feature(request: Request) -> Response:
 def _feature_json(request: Request) -> Response:
     dashboard = dashboard_of(request)
     store, latent = store_of(request), request.path_params["latent"]
-    return JSONResponse(to_json(feature_page(store, latent, dashboard.notes, Display.read(request.query_params))))
+    page = feature_page(store, latent, dashboard.notes, Display.read(request.query_params),
+                        list(dashboard.evidence.of(store).found.values()))
+    return JSONResponse(to_json(page))
 
 
 def _prompt(request: Request) -> Response:
@@ -132,7 +140,7 @@ def _random(request: Request) -> Response:
     dashboard = dashboard_of(request)
     store = store_of(request)
     query = Query.read(request.query_params)
-    selection = select(store, dashboard.notes.marks(store.dictionary), query)
+    selection = select(store, dashboard.notes.marks(store.dictionary), query, evidence_of(request, query.sought.evidence))
     live = selection.latents[store.columns["count"][selection.latents] > 0]
     if not len(live):
         raise SpecError("no feature that fires passes the filters", f"clear them: /s/{request.path_params['store']}/features")

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
 from pydantic import Field
 
+from dashboards.evidence import Evidence
 from dashboards.notes import Marks
 from dashboards.store import FeatureStore
 from undertow.core.spec import Spec
@@ -20,9 +21,34 @@ DENSE = 0.01
 RARE = 1e-4
 _SMALL = 4096  # below this a full sort costs nothing
 
-Sort = Literal["id", "density", "maximum", "mean", "variance", "kurtosis", "nearest", "norm", "label"]
+Sort = Literal["id", "density", "maximum", "mean", "variance", "kurtosis", "nearest", "norm", "label",
+               "chosen", "effect", "p", "effect_on_d", "attribution", "act_writer_share", "naming_p"]
+_FOUND = ("chosen", "effect", "p", "effect_on_d", "attribution", "act_writer_share", "naming_p")
 State = Literal["any", "live", "dead", "rare", "dense"]
 YesNo = Literal["any", "yes", "no"]
+
+
+class Sought(Spec):
+    """Filters by what a search found. A feature of which a measure was not taken passes no bound on it.
+
+    Attributes:
+        evidence: name of the search; "" is the first.
+        chosen: selected by it, not selected, or any.
+        effect_from, effect_to: contrast, in units of the feature's activation.
+        p_to: family-wise p of the contrast, at most.
+        d_from: exact effect on D, at least, nats; first-order where the search took no exact one.
+        writer_to: act-writer share, at most.
+        naming_from: smallest p of the naming screens, at least.
+    """
+
+    evidence: str = Field(default="", max_length=200)
+    chosen: YesNo = "any"
+    effect_from: float | None = Field(default=None, ge=-1e9, le=1e9)
+    effect_to: float | None = Field(default=None, ge=-1e9, le=1e9)
+    p_to: float | None = Field(default=None, ge=0, le=1)
+    d_from: float | None = Field(default=None, ge=-1e9, le=1e9)
+    writer_to: float | None = Field(default=None, ge=-1e9, le=1e9)
+    naming_from: float | None = Field(default=None, ge=0, le=1)
 
 
 class Query(Spec):
@@ -38,6 +64,7 @@ class Query(Spec):
         labelled: with a label, without, or any.
         starred: with a star, without, or any.
         page: from 1; PAGE features each.
+        sought: filters by what a search found; its fields are words of the address too.
     """
 
     q: str = Field(default="", max_length=200)
@@ -51,18 +78,25 @@ class Query(Spec):
     labelled: YesNo = "any"
     starred: YesNo = "any"
     page: int = Field(default=1, ge=1, le=10**7)
+    sought: Sought = Sought()
 
     @classmethod
     def read(cls, params: Mapping[str, str]) -> Query:
         """From an address; empty fields and other views' words are passed over. Raises SpecError that names the field."""
-        given = {name: params[name].strip() for name in cls.model_fields if params.get(name, "").strip()}
-        return cls.checked(given, "the address")
+        own, found = ({name: params[name].strip() for name in kind.model_fields if params.get(name, "").strip()}
+                      for kind in (cls, Sought))
+        own.pop("sought", None)
+        return cls.checked({**own, "sought": Sought.checked(found, "the address")}, "the address")
+
+    def words(self) -> dict[str, Any]:
+        """Every word of the address and its value."""
+        return {**self.model_dump(exclude={"sought"}), **self.sought.model_dump()}
 
     def params(self, **changes: Any) -> dict[str, str]:
         """Words of the address, without those at their default; `changes` replace fields (and go to page 1)."""
-        moved = {**self.model_dump(), **({"page": 1} if changes else {}), **changes}
-        return {name: _word(value) for name, value in moved.items()
-                if value is not None and value != type(self).model_fields[name].default}
+        moved = {**self.words(), **({"page": 1} if changes else {}), **changes}
+        fields = {**Query.model_fields, **Sought.model_fields}
+        return {name: _word(value) for name, value in moved.items() if value is not None and value != fields[name].default}
 
 
 def _word(value: Any) -> str:
@@ -127,11 +161,33 @@ def _first(selection: Selection, inside: Bool[ndarray, "n"]) -> int | None:
     return int(selection.latents[np.flatnonzero(inside & (selection.keys == selection.keys[inside].min()))[0]])
 
 
-def select(store: FeatureStore, marks: Marks, query: Query) -> Selection:
-    """Features of `store` that pass `query`, and their sort keys. Linear in the number of features."""
-    latents = np.flatnonzero(_passing(store, marks, query))
+def select(store: FeatureStore, marks: Marks, query: Query, evidence: Evidence | None = None) -> Selection:
+    """Features of `store` that pass `query`, and their sort keys. Linear in the number of features.
+
+    Those of which the measure that is sorted by was not taken come last either way.
+    """
+    latents = np.flatnonzero(_passing(store, marks, query) & _sought(store, query.sought, evidence))
+    if query.sort in _FOUND:
+        values = np.full(len(latents), np.nan) if evidence is None else evidence.column(query.sort, store.d_sae)[latents]
+        return Selection(latents, np.where(np.isnan(values), np.inf, -values if query.order == "down" else values))
     keys = _keys(store, marks, query, latents)
     return Selection(latents, -keys if query.order == "down" else keys)
+
+
+def _sought(store: FeatureStore, sought: Sought, evidence: Evidence | None) -> Bool[ndarray, "d_sae"]:
+    d_sae, passing = store.d_sae, np.ones(store.d_sae, dtype=bool)
+    on_d = "effect_on_d" if evidence and "effect_on_d" in evidence.columns else "attribution"
+    for name, low, high in (("effect", sought.effect_from, sought.effect_to), ("p", None, sought.p_to),
+                            (on_d, sought.d_from, None), ("act_writer_share", None, sought.writer_to),
+                            ("naming_p", sought.naming_from, None)):
+        if low is None and high is None:
+            continue
+        values = np.full(d_sae, np.nan) if evidence is None else evidence.column(name, d_sae)
+        passing &= (values >= (-np.inf if low is None else low)) & (values <= (np.inf if high is None else high))
+    if sought.chosen != "any":
+        chosen = np.zeros(d_sae, dtype=bool) if evidence is None else evidence.selected(d_sae)
+        passing &= chosen == (sought.chosen == "yes")
+    return passing
 
 
 def _passing(store: FeatureStore, marks: Marks, query: Query) -> Bool[ndarray, "d_sae"]:

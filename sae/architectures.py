@@ -23,6 +23,7 @@ from undertow.core.spec import Spec
 
 Architecture = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "standard", "gated"]
 Normalization = Literal["none", "expected_average_only_in", "layer_norm"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 BY_BATCH = ("batchtopk", "matryoshka")  # chosen over the whole batch; one threshold stands for the choice afterwards
 BY_PRICE = ("standard", "gated")
 
@@ -46,7 +47,8 @@ class TrainSpec(Spec):
     """How to train one dictionary. Fields left None are derived; see the properties.
 
     `normalize` in sae-lens' names: `expected_average_only_in` scales all activations by one number (folded away in what is
-    saved), `layer_norm` every activation by its own mean and deviation, `none` not at all.
+    saved), `layer_norm` every activation by its own mean and deviation, `none` not at all. `precision` is that of the large
+    products; weights, optimizer and the sparse sums are float32 throughout.
     """
 
     d_sae: int = Field(ge=2)
@@ -59,6 +61,7 @@ class TrainSpec(Spec):
     prefixes: tuple[int, ...] | None = None
     penalty: Penalty = Penalty()
     normalize: Normalization = "expected_average_only_in"
+    precision: Precision = "float32"
     seed: int = 0
 
     @model_validator(mode="after")

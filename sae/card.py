@@ -22,7 +22,7 @@ def command_of(spec: RunSpec, out: str) -> str:
         "--bandwidth": (learn.penalty.bandwidth, Penalty().bandwidth),
         "--prefixes": (learn.prefixes and ",".join(map(str, learn.prefixes)), None),
         "--normalize": (learn.normalize, "expected_average_only_in"),
-        "--epochs": (learn.epochs, 3.0), "--lr": (learn.lr, None),
+        "--precision": (learn.precision, "float32"), "--epochs": (learn.epochs, 3.0), "--lr": (learn.lr, None),
         "--batch-size": (learn.batch_size, 2048), "--aux-coefficient": (learn.aux_coefficient, 1 / 32),
         "--eval-tokens": (spec.eval_tokens, 65_536), "--ce-tokens": (spec.ce_tokens, 8_192),
         "--weights": (spec.weights, "float32"), "--seed": (spec.seed, 0),

@@ -27,6 +27,7 @@ from sae.plan import Inputs
 from sae.sinks import Sink
 from sae.spec import RunSpec
 from sae.store import ActivationStore
+from sae.team import ALONE, Team
 from sae.training import SAMPLE, Trainer
 from undertow.core.errors import ArtifactError, UserError
 from undertow.core.record import run_record
@@ -100,8 +101,20 @@ def unfinished(out: Path) -> RunSpec:
     return RunSpec.checked(json.loads(file.read_text(encoding="utf-8")), str(file))
 
 
-def run(spec: RunSpec, inputs: Inputs, out: Path, cache: Path, watch: Watch) -> Result:
-    """Carry out a claimed run, from wherever it stands.
+def assist(spec: RunSpec, inputs: Inputs, out: Path, cache: Path, watch: Watch, team: Team) -> None:
+    """What the other members of a team do while the first one carries out `run`: train on their shares of the batches.
+
+    Raises:
+        Interrupted: a stop was asked for, here or on another member.
+        UserError: bad input, or the first member failed.
+    """
+    team.first(lambda: None)  # it harvests
+    store = harvest(inputs.subject, inputs.site, inputs.train, spec.tokens, cache)
+    _train(spec, inputs, store, watch, (partial_folder(out), team))
+
+
+def run(spec: RunSpec, inputs: Inputs, out: Path, cache: Path, watch: Watch, team: Team = ALONE) -> Result:
+    """Carry out a claimed run, from wherever it stands. The first member of a team calls this, the others `assist`.
 
     Raises:
         Interrupted: a stop was asked for; `undertow sae resume` goes on.
@@ -112,8 +125,11 @@ def run(spec: RunSpec, inputs: Inputs, out: Path, cache: Path, watch: Watch) -> 
     for unsealed in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):  # of a process killed while it was saving
         shutil.rmtree(unsealed, ignore_errors=True)
     try:
-        store = harvest(inputs.subject, inputs.site, inputs.train, spec.tokens, cache, _phase("harvest", watch, work))
-        trainer = _train(spec, inputs, store, work, watch)
+        stores: list[ActivationStore] = []
+        team.first(lambda: stores.append(harvest(inputs.subject, inputs.site, inputs.train, spec.tokens, cache,
+                                                 _phase("harvest", watch, work))))
+        store = stores[0]
+        trainer = _train(spec, inputs, store, watch, (work, team))
         dictionary = _rounded(trainer.dictionary(_provenance(spec, inputs, store, trainer)), spec.weights)
         judged = evaluate(dictionary.to(inputs.subject.device), Source(inputs.subject, inputs.site, inputs.held_out),
                           spec.eval_tokens, spec.ce_tokens, cache, _phase("judge", watch, work))
@@ -140,31 +156,34 @@ def _phase(name: str, watch: Watch, work: Path) -> Progress:
     return progress
 
 
-def _train(spec: RunSpec, inputs: Inputs, store: ActivationStore, work: Path, watch: Watch) -> Trainer:
+def _train(spec: RunSpec, inputs: Inputs, store: ActivationStore, watch: Watch, where: tuple[Path, Team]) -> Trainer:
+    work, team = where
     training = spec.learn.train_spec(store.n, spec.seed)
+    share = team.share_of(training.batch_size)
     checkpoint = work / CHECKPOINT
     if checkpoint.exists():
-        trainer = Trainer.resume(checkpoint, str(inputs.subject.device))
+        trainer = Trainer.resume(checkpoint, str(inputs.subject.device), team)
         if trainer.spec != training:
             raise ArtifactError(f"{checkpoint} belongs to another run", f"remove it and start again: rm -r {work}")
     else:
         order = torch.randperm(store.n, generator=torch.Generator().manual_seed(spec.seed))
-        trainer = Trainer.begin(training, store.take(order[:SAMPLE]), str(inputs.subject.device))
+        trainer = Trainer.begin(training, store.take(order[:SAMPLE]), str(inputs.subject.device), team)
     watch.sink.start(training.steps, "training", spec.model_dump(mode="json"), trainer.step_number)
     saved = time.monotonic()
-    batches = store.batches(training.batch_size, spec.seed, start=trainer.step_number)
+    batches = store.batches(training.batch_size, spec.seed, trainer.step_number, share)
     while not trainer.finished:
         report = trainer.step(next(batches))
         if trainer.step_number % LOG_EVERY == 0 or trainer.step_number == 1:
             seen = float(trainer.step_number * training.batch_size)
             watch.sink.event(trainer.step_number, {"tokens": seen, **report._asdict()})
-        stop = watch.should_stop()
-        if stop or time.monotonic() - saved > CHECKPOINT_EVERY_S:
+        stop = team.any(watch.should_stop())
+        if team.is_first and (stop or time.monotonic() - saved > CHECKPOINT_EVERY_S):
             trainer.save(checkpoint)
             saved = time.monotonic()
         if stop:
             raise Interrupted(work)
-    trainer.save(checkpoint)
+    if team.is_first:
+        trainer.save(checkpoint)
     return trainer
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sae.architectures import Architecture, Normalization, Penalty, TrainSpec, check_sparsity
+from sae.architectures import Architecture, Normalization, Penalty, Precision, TrainSpec, check_sparsity
 from sae.text import TextSpec
 from undertow.core.errors import TextError
 from undertow.core.spec import Spec
@@ -25,6 +25,7 @@ class LearnSpec(Spec):
     prefixes: tuple[int, ...] | None = None
     penalty: Penalty = Penalty()
     normalize: Normalization = "expected_average_only_in"
+    precision: Precision = "float32"
 
     @model_validator(mode="after")
     def _sparse(self) -> LearnSpec:

@@ -87,10 +87,12 @@ class ActivationStore:
             out[torch.from_numpy(mine)] = self._shards[number].read(wanted[mine] - first)
         return out
 
-    def batches(self, size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
+    def batches(self, size: int, seed: int, start: int = 0,
+                share: slice = slice(None)) -> Iterator[Float[Tensor, "batch d_in"]]:
         """Endless batches: every epoch is one global permutation of all activations, of which a tail < `size` is left out.
 
-        Batch number `start` is the same whether the ones before it were drawn or not, which makes resuming exact.
+        Batch number `start` is the same whether the ones before it were drawn or not, which makes resuming exact. `share`
+        is the part of every batch to read.
         """
         per_epoch = self.n // size
         if per_epoch == 0:
@@ -100,7 +102,7 @@ class ActivationStore:
         while True:
             order = torch.randperm(self.n, generator=generator(seed, "shuffle", epoch))
             for number in range(first, per_epoch):
-                yield self.take(order[number * size:(number + 1) * size])
+                yield self.take(order[number * size:(number + 1) * size][share])
             epoch, first = epoch + 1, 0
 
 

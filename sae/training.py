@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, final
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae.architectures import BY_BATCH, BY_PRICE, TrainSpec, weights_of
+from sae.architectures import BY_BATCH, BY_PRICE, Precision, TrainSpec, weights_of
 from sae.dense import gated_step, standard_step
 from sae.dictionary import Gated, JumpReLU, LinearDictionary, Provenance, ReLU, TopK
 from sae.normed import NormedDictionary, normalise
@@ -40,6 +41,7 @@ from sae.step import (
     top_k,
     unit_decoder_,
 )
+from sae.team import ALONE, Team
 from undertow.core.errors import ArtifactError, NumericsError, SpecError, TextError
 from undertow.core.seeds import generator
 from undertow.core.storage import disk_errors
@@ -63,24 +65,27 @@ class Trainer:
     """The state of a training run. `Trainer.begin` starts one, `Trainer.resume` goes on with a checkpoint.
 
     A run is a pure function of the spec and the batches: resuming at step n with the batches from n on gives the same
-    weights as not having stopped.
+    weights as not having stopped. Where a team trains together every member holds the same state and gives `step` its own
+    share of each batch: the run is then that of one process on the whole batches, up to the order of sums.
     """
 
-    def __init__(self, spec: TrainSpec, weights: AnyWeights, scale: float) -> None:
-        self.spec, self.scale, self.step_number = spec, scale, 0
+    def __init__(self, spec: TrainSpec, weights: AnyWeights, scale: float, team: Team = ALONE) -> None:
+        self.spec, self.scale, self.step_number, self.team = spec, scale, 0, team
         self.weights = type(weights)(*(torch.nn.Parameter(w, requires_grad=True) for w in weights))
         self.threshold = 0.0  # BatchTopK's running mean of the smallest active value, in scaled units
         self.idle = torch.zeros(spec.d_sae, dtype=torch.int64, device=weights.b_dec.device)  # tokens since it fired
         self._optimizer = torch.optim.Adam(list(self.weights), lr=spec.peak_lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
         self._rows_are_unit = spec.architecture not in BY_PRICE
-        self._pre: Tensor | None = None
+        self._pre: Tensor | None = None  # memory that steps share: pre-activations, and the sparse gradients
+        self._gradients: AnyWeights | None = None
 
     @classmethod
-    def begin(cls, spec: TrainSpec, sample: Float[Tensor, "token d_in"], device: str = "cpu") -> Trainer:
+    def begin(cls, spec: TrainSpec, sample: Float[Tensor, "token d_in"], device: str = "cpu", team: Team = ALONE) -> Trainer:
         """A fresh run: unit random decoder rows, the encoder their transpose, b_dec the mean of `sample`.
 
         Rows that are free in size begin at a tenth, so that thousands of open latents do not overshoot. JumpReLU's thresholds
-        begin where they let through the wanted number of latents on the sample.
+        begin where they let through the wanted number of latents on the sample. All is float32; a float64 sample makes all
+        float64. Members of a team give the same sample.
         Raises NumericsError if the sample is not finite or is all zero.
         """
         d_in = sample.shape[1]
@@ -88,31 +93,32 @@ class Trainer:
         if not math.isfinite(norm) or norm == 0:
             raise NumericsError(f"the first {len(sample)} activations have mean norm {norm}", "check the site and the text")
         scale = math.sqrt(d_in) / norm if spec.normalize == "expected_average_only_in" else 1.0
-        rows = torch.randn(spec.d_sae, d_in, generator=generator(spec.seed, "init"))
+        dtype = sample.dtype if sample.dtype == torch.float64 else torch.float32
+        rows = torch.randn(spec.d_sae, d_in, generator=generator(spec.seed, "init")).to(dtype)
         unit_decoder_(rows)
         rows *= 0.1 if spec.architecture in BY_PRICE else 1.0
         seen = normalise(sample, "layer_norm").z if spec.normalize == "layer_norm" else sample * scale
-        zeros = torch.zeros(spec.d_sae)
-        linear = Weights(rows.clone(), zeros, rows, seen.mean(dim=0))
+        zeros = torch.zeros(spec.d_sae, dtype=dtype)
+        linear = Weights(rows.clone(), zeros, rows, seen.to(dtype).mean(dim=0))
         weights: AnyWeights = linear
         if spec.architecture == "gated":
             weights = GatedWeights(linear.W_enc, zeros, zeros.clone(), zeros.clone(), rows, linear.b_dec)
         if spec.architecture == "jumprelu":
-            weights = JumpWeights(*linear, _first_threshold(spec, linear, seen))
-        return cls(spec, type(weights)(*(w.to(device) for w in weights)), scale)
+            weights = JumpWeights(*linear, _first_threshold(spec, linear, seen.to(dtype)))
+        return cls(spec, type(weights)(*(w.to(device) for w in weights)), scale, team)
 
     @property
     def finished(self) -> bool:
         return self.step_number >= self.spec.steps
 
     def step(self, batch: Float[Tensor, "batch d_in"]) -> StepReport:
-        """One optimizer step. Raises NumericsError, naming the row, if the batch is not finite."""
+        """One optimizer step on this member's share of the batch. Raises NumericsError, naming the row, if it is not finite."""
         weights = type(self.weights)(*(w.detach() for w in self.weights))
         x = batch.to(weights.b_dec.device, weights.b_dec.dtype)
         with torch.no_grad():
             x = normalise(x, "layer_norm").z if self.spec.normalize == "layer_norm" else x * self.scale
             dead = (self.idle >= self.spec.dead_after).nonzero()[:, 0]
-            result = self._differentiate(weights, x, dead)
+            result = self._together(self._differentiate(weights, x, dead))
             if not math.isfinite(result.loss):
                 _name_bad_row(batch, self.step_number)
             if self._rows_are_unit:
@@ -120,8 +126,8 @@ class Trainer:
             else:
                 _clip(result.grads)
             lr = self._update(weights, result)
-            self._count(result, len(x))
-        variance = float((x - x.mean(dim=0)).square().sum()) / len(x)
+            self._count(result, len(x) * self.team.size)
+            variance = self._variance(x)
         return StepReport(result.loss, result.aux_loss, result.loss / max(variance, 1e-30), result.l0,
                           len(dead) / self.spec.d_sae, lr)
 
@@ -129,20 +135,45 @@ class Trainer:
         """Loss and gradients by the architecture's rule."""
         spec = self.spec
         aux = AuxK(dead, max(1, x.shape[1] // 2), spec.aux_coefficient) if spec.aux_coefficient else None
-        price = (spec.penalty.coefficient or float(x.square().sum()) / len(x)) * spec.warmth(self.step_number)
-        if isinstance(weights, GatedWeights):
-            return gated_step(weights, x, price, aux)
-        if spec.architecture == "standard" and isinstance(weights, Weights):
-            return standard_step(weights, x, price, aux)
-        if self._pre is None or self._pre.shape[0] != len(x):
-            self._pre = torch.empty(len(x), spec.d_sae, dtype=x.dtype, device=x.device)
+        if spec.architecture in BY_PRICE:
+            price = (spec.penalty.coefficient or 0.0) * spec.warmth(self.step_number)
+            with arithmetic(spec.precision, x.device.type):
+                if isinstance(weights, GatedWeights):
+                    return gated_step(weights, x, price, aux)
+                return standard_step(Weights(*weights[:4]), x, price, aux)
+        linear = weights.linear if isinstance(weights, JumpWeights) else Weights(*weights[:4])
+        pre = self._pre_activations(linear, x)
         if isinstance(weights, JumpWeights):
-            pre = pre_activations(weights.linear, x, self._pre)
-            return jump_step(weights, x, pre, spec.penalty.bandwidth, Sparsity(price, spec.k), aux)
-        pre = pre_activations(weights, x, self._pre)
+            price = spec.penalty.coefficient or self.team.means([float(x.square().sum()) / len(x)])[0]
+            sparsity = Sparsity(price * spec.warmth(self.step_number), spec.k)
+            return jump_step(weights, x, pre, spec.penalty.bandwidth, sparsity, aux, self.team)
         by_batch = spec.architecture in BY_BATCH
-        active = batch_top_k(pre, spec.active, 0.7 * self.threshold) if by_batch else top_k(pre, spec.active)
-        return sparse_step(weights, x, pre, active, aux, spec.inner_prefixes)
+        active = batch_top_k(pre, spec.active, 0.7 * self.threshold, self.team) if by_batch else top_k(pre, spec.active)
+        result = sparse_step(linear, x, pre, active, aux, spec.inner_prefixes, self._gradients)
+        self._gradients = result.grads
+        return result
+
+    def _pre_activations(self, weights: Weights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        if self._pre is None or self._pre.shape[0] != len(x):
+            self._pre = torch.empty(len(x), self.spec.d_sae, dtype=x.dtype, device=x.device)
+        with arithmetic(self.spec.precision, x.device.type):
+            return pre_activations(weights, x, self._pre)
+
+    def _together(self, result: StepResult) -> StepResult:
+        """What one process would have found on the whole batch."""
+        team = self.team
+        if team.size == 1:
+            return result
+        team.mean_(result.grads)
+        loss, aux_loss, l0 = team.means([result.loss, result.aux_loss, result.l0])
+        smallest = team.lowest(result.smallest or math.inf)
+        return StepResult(result.grads, loss, aux_loss, team.union(result.fired), l0, smallest if l0 else 0.0)
+
+    def _variance(self, x: Float[Tensor, "batch d_in"]) -> float:
+        """Σ‖x − x̄‖² a token, over the whole batch."""
+        mean = x.mean(dim=0)
+        self.team.mean_([mean])
+        return self.team.means([float((x - mean).square().sum()) / len(x)])[0]
 
     def _update(self, weights: AnyWeights, result: StepResult) -> float:
         lr = self.spec.lr_at(self.step_number)
@@ -200,7 +231,7 @@ class Trainer:
             temp.replace(path)
 
     @classmethod
-    def resume(cls, path: Path, device: str = "cpu") -> Trainer:
+    def resume(cls, path: Path, device: str = "cpu", team: Team = ALONE) -> Trainer:
         """Go on from a checkpoint. Raises ArtifactError if it cannot be read."""
         try:
             with safe_open(path, "pt", device=device) as file:
@@ -212,7 +243,7 @@ class Trainer:
         spec = TrainSpec.checked(json.loads(facts["spec"]), str(path))
         scale, threshold = tensors["scalars"].tolist()
         kind = weights_of(spec.architecture)
-        run = cls(spec, kind(*(tensors[name] for name in kind._fields)), scale)
+        run = cls(spec, kind(*(tensors[name] for name in kind._fields)), scale, team)
         run.threshold, run.idle, run.step_number = threshold, tensors["idle"], int(facts["step"])
         for name, parameter in run.weights._asdict().items():
             prefix = f"adam.{name}."
@@ -220,6 +251,20 @@ class Trainer:
             if state:
                 run._optimizer.state[parameter] = state
         return run
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: str) -> Iterator[None]:
+    """Large products inside are taken in `precision`: TF32 where the device has it, bfloat16 by autocast."""
+    before = torch.get_float32_matmul_precision()
+    lower: AbstractContextManager[object] = torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    try:
+        if precision == "tf32":
+            torch.set_float32_matmul_precision("high")
+        with lower:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _clip(gradients: AnyWeights) -> None:
@@ -242,7 +287,7 @@ def _first_threshold(spec: TrainSpec, weights: Weights, x: Float[Tensor, "token 
     pre = pre_activations(weights, x[:1024])
     wanted = spec.k or max(1, spec.d_sae // 16)
     level = float(pre.flatten().topk(len(pre) * wanted).values[-1])
-    return torch.full((spec.d_sae,), max(level, 0.0))
+    return torch.full((spec.d_sae,), max(level, 0.0), dtype=x.dtype)
 
 
 def _name_bad_row(batch: Float[Tensor, "batch d_in"], step: int) -> None:

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from dashboards.answering import Dashboard
 from dashboards.building import Source, build_store
+from dashboards.evidence import EvidenceShelf
 from dashboards.finding import Collection, named
 from dashboards.guard import Access
 from dashboards.models import Models, Opener
@@ -92,7 +93,7 @@ def dashboard_of(made: Made, notes: Path, opener: Opener | None = None, runs: Pa
     query = query_of(made)
     models = Models(opener or (lambda record: query))
     return Dashboard(Collection(named([made.store])), Notes(notes), Reader(models, wait_s),
-                     Surgeon(models, LEXICON), RunShelf(runs), "here")
+                     Surgeon(models, LEXICON), RunShelf(runs), "here", EvidenceShelf(runs))
 
 
 @pytest.fixture

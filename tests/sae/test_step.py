@@ -243,3 +243,20 @@ def test_ties_are_broken_once(batch: int, k: int, by_batch: bool, seed: int) -> 
     leaves = leaves_of(weights)
     acts = ((x - leaves[3]) @ leaves[0].T + leaves[1]).relu() * mask
     assert_gradients(sparse_step(weights, x, pre, active), (acts @ leaves[2] + leaves[3] - x).square().sum(1).mean(), leaves)
+
+
+def test_gradients_by_blocks_are_those_of_one_bag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More latents than a block, some that never fire, the last block not full; memory of an earlier step is overwritten."""
+    import sae.step
+
+    g = torch.Generator().manual_seed(3)
+    weights = Weights(*(torch.randn(shape, generator=g) for shape in ((70, 5), (70,), (70, 5), (5,))))
+    x = torch.randn(9, 5, generator=g)
+    pre = pre_activations(weights, x)
+    whole = sparse_step(weights, x, pre, top_k(pre, 3)).grads
+    used = Weights(*(torch.full_like(w, 7.0) for w in weights))
+    monkeypatch.setattr(sae.step, "BLOCK", 16)
+    parts = sparse_step(weights, x, pre, top_k(pre, 3), into=used).grads
+    assert parts.W_enc is used.W_enc
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b)

@@ -153,3 +153,23 @@ def test_schedule_by_hand() -> None:
     shares = [round(spec.lr_at(s) / spec.peak_lr, 6) for s in (0, 4, 50, 69, 70, 85, 99)]
     assert shares == [0.2, 1, 1, 1, 1, 0.5, round(1 / 30, 6)]
     assert Provenance.unknown().model_name == ""
+
+
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_lower_precision_keeps_float32_weights(architecture: str, precision: str) -> None:
+    """The run differs from float32 (bfloat16: on any machine), ends as well, and leaves no setting behind."""
+    before = torch.get_float32_matmul_precision()
+    made = {}
+    for name in ("float32", precision):
+        spec = spec_of(architecture, d_sae=64, steps=150, batch_size=128, lr=5e-3, precision=name)
+        trainer = Trainer.begin(spec, next(synthetic(1)))
+        for batch in synthetic(150, 128):
+            trainer.step(batch)
+        assert all(weight.dtype == torch.float32 for weight in trainer.weights)
+        made[name] = trainer.dictionary(Provenance.unknown())
+    assert torch.get_float32_matmul_precision() == before and not torch.is_autocast_enabled("cpu")
+    held_out = next(synthetic(1, start=10_000))
+    assert fvu(made[precision], held_out) == pytest.approx(fvu(made["float32"], held_out), rel=0.1, abs=5e-3)
+    if precision == "bfloat16":
+        assert not torch.equal(made["bfloat16"].W_dec, made["float32"].W_dec)

@@ -21,7 +21,7 @@ def sae(
     width: Annotated[int, typer.Option("--width", help="Number of latents.")] = 4096,
     k: Annotated[int, typer.Option("--k", help="Active latents a token.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Activations a step.")] = 2048,
-    architecture: Annotated[str, typer.Option(help="topk or batchtopk.")] = "topk",
+    architecture: Annotated[str, typer.Option(help="topk, batchtopk, matryoshka, jumprelu, standard or gated.")] = "topk",
     rounds: RoundsOption = 9,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_: JsonOption = False,
@@ -30,10 +30,7 @@ def sae(
     import torch
 
     from sae.bench import StepSize, floor_note, race, step_contestants
-    from undertow.core.errors import SpecError
 
-    if architecture not in ("topk", "batchtopk"):
-        raise SpecError(f"unknown --architecture {architecture!r}", "choose topk or batchtopk")
     size = StepSize(d_in, width, k, batch_size)
     rows = race(step_contestants(size, architecture, device), rounds, "ms", f"undertow {architecture} step")
     _show(rows, f"one step, d = {d_in}, F = {width}, k = {k}, B = {batch_size}, float32, {device}, "

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from dashboards.building import Built
     from dashboards.finding import Collection
     from dashboards.notes import Notes
-    from dashboards.runs import RunShelf
     from dashboards.store import FeatureStore
     from features.searching import Query as Search
 
@@ -90,10 +89,12 @@ def open_(
 ) -> None:
     """Serve the dashboard on this machine until Ctrl-C."""
     from dashboards.answering import Dashboard
+    from dashboards.evidence import EvidenceShelf
     from dashboards.guard import access_for
     from dashboards.models import Models
     from dashboards.notes import Notes, notes_path
     from dashboards.prompting import Reader
+    from dashboards.runs import RunShelf
     from dashboards.server import create_app
     from dashboards.surgeon import Surgeon
     from undertow.lexicon.forms import Lexicon
@@ -108,8 +109,8 @@ def open_(
             log.warning("not opened: %s", trouble)
         port = listening.getsockname()[1]
         models = Models(_open_search)
-        dashboard = Dashboard(collection, Notes(notes or notes_path()), Reader(models), Surgeon(models, word), _runs(where),
-                              where)
+        dashboard = Dashboard(collection, Notes(notes or notes_path()), Reader(models), Surgeon(models, word),
+                              RunShelf(*_searched(where)), where, EvidenceShelf(*_searched(where)))
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/{f'?token={token}' if token else ''}"
         if json_:
             emit({"url": url, "stores": list(collection.stores)}, as_json=True)
@@ -151,7 +152,8 @@ def build(
 def list_(
     store: StoreArgument,
     q: Annotated[str, typer.Option("--q", help="Words in the label, the peak token or the promoted token.")] = "",
-    sort: Annotated[str, typer.Option("--sort", help="Column: id, density, maximum, mean, nearest, label, ...")] = "id",
+    sort: Annotated[str, typer.Option("--sort", help="Column: id, density, maximum, mean, nearest, label; with --evidence "
+                                          "chosen, effect, p, effect_on_d, attribution, act_writer_share, naming_p.")] = "id",
     order: Annotated[str, typer.Option("--order", help="up or down.")] = "up",
     density_from: Annotated[float | None, typer.Option(help="Least density, % of tokens.")] = None,
     density_to: Annotated[float | None, typer.Option(help="Largest density, % of tokens.")] = None,
@@ -160,31 +162,44 @@ def list_(
     state: Annotated[str, typer.Option(help="any, live, dead, rare or dense.")] = "any",
     labelled: Annotated[str, typer.Option(help="any, yes or no.")] = "any",
     starred: Annotated[str, typer.Option(help="any, yes or no.")] = "any",
+    evidence: Annotated[Path | None, typer.Option(help="What features scan or select, or demo wrote of this SAE.")] = None,
+    chosen: Annotated[str, typer.Option(help="Selected by it: any, yes or no.")] = "any",
+    effect_from: Annotated[float | None, typer.Option(help="Least contrast.")] = None,
+    effect_to: Annotated[float | None, typer.Option(help="Largest contrast.")] = None,
+    p_to: Annotated[float | None, typer.Option(help="Largest family-wise p.")] = None,
+    d_from: Annotated[float | None, typer.Option(help="Least effect on D, nats.")] = None,
+    writer_to: Annotated[float | None, typer.Option(help="Largest act-writer share.")] = None,
+    naming_from: Annotated[float | None, typer.Option(help="Least p of the naming screens.")] = None,
     page: Annotated[int, typer.Option(min=1, help="Page, 100 features each.")] = 1,
     notes: NotesOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Print a page of the features table, filtered and sorted as in the browser."""
+    from dashboards.evidence import read_evidence
     from dashboards.notes import Marks, Notes, notes_path
     from dashboards.store import open_feature_store
     from dashboards.table import Query
     from dashboards.table_page import table_page
 
+    found = {"chosen": chosen, "effect_from": effect_from, "effect_to": effect_to, "p_to": p_to, "d_from": d_from,
+             "writer_to": writer_to, "naming_from": naming_from}
     query = Query.checked({"q": q, "sort": sort, "order": order, "density_from": density_from, "density_to": density_to,
                            "maximum_from": maximum_from, "maximum_to": maximum_to, "state": state, "labelled": labelled,
-                           "starred": starred, "page": page}, "undertow dashboard list")
+                           "starred": starred, "page": page, "sought": found}, "undertow dashboard list")
     opened = open_feature_store(store)
     file = notes or notes_path()
-    found = table_page(opened, Notes(file).marks(opened.dictionary) if file.is_file() else Marks({}, frozenset()), query)
+    table = table_page(opened, Notes(file).marks(opened.dictionary) if file.is_file() else Marks({}, frozenset()), query,
+                       read_evidence(evidence, opened) if evidence else None)
     if json_:
         rows = [{"feature": row.latent, "label": row.label, "starred": row.starred, "count": row.n_firings,
                  "density": row.density, "maximum": row.maximum, "mean": row.mean, "nearest": row.nearest,
-                 "promoted": row.promoted, "context": row.passage.text if row.passage else ""} for row in found.rows]
-        emit({"passing": found.n_passing, "pages": found.n_pages, "page": page, "rows": rows}, as_json=True)
+                 "promoted": row.promoted, "chosen": row.rank, "evidence": row.found,
+                 "context": row.passage.text if row.passage else ""} for row in table.rows]
+        emit({"passing": table.n_passing, "pages": table.n_pages, "page": page, "rows": rows}, as_json=True)
         return
     from undertow.cli.dashboard_view import table_view
 
-    console().print(table_view(found, opened, page))
+    console().print(table_view(table, opened, page))
 
 
 @app.command()
@@ -335,17 +350,16 @@ def _with_built(found: Collection) -> Collection:
     return Collection(named(opened), tuple(trouble), tuple(bare))
 
 
-def _runs(where: str) -> RunShelf:
-    """The runs that belong to `where`: those in the folder, or beside a store or an SAE."""
+def _searched(where: str) -> tuple[Path | None, int]:
+    """Where the runs and searches lie that belong to `where`: in the folder, or beside a store or an SAE; and how deep."""
     from dashboards.finding import is_store
-    from dashboards.runs import RunShelf
     from sae.formats import CFG
 
     folder = Path(where)
     if not folder.is_dir():
-        return RunShelf(None)
+        return None, 0
     beside = is_store(folder) or (folder / CFG).is_file()
-    return RunShelf(folder.resolve().parent, 1) if beside else RunShelf(folder)
+    return (folder.resolve().parent, 1) if beside else (folder, 3)
 
 
 def _cached_store(sae: str) -> Path:

@@ -12,17 +12,22 @@ if TYPE_CHECKING:
     from dashboards.store import FeatureStore
     from dashboards.table_page import TablePage
 
+_EVIDENCE = ("effect", "p", "effect_on_d", "attribution", "act_writer_share", "naming_p")
+
 
 def table_view(found: TablePage, store: FeatureStore, page: int) -> RenderableType:
     """One page of the table, with the size of the whole above it."""
     table = Table(box=None, pad_edge=False, padding=(0, 2))
+    measured = any(row.rank or row.found for row in found.rows)
     for title, justify in (("no.", "right"), ("label", "left"), ("density", "right"), ("max", "right"), ("promotes", "left"),
-                           ("strongest context", "left")):
+                           *((("selected", "right"), ("evidence", "left")) if measured else ()), ("strongest context", "left")):
         table.add_column(title, justify="right" if justify == "right" else "left", overflow="fold")
     for row in found.rows:
         label = f"{'★ ' if row.starred else ''}{row.label}"
+        evidence = ", ".join(f"{name} {row.found[name]:.3g}" for name in _EVIDENCE if name in row.found)
+        search = [str(row.rank or ""), evidence] if measured else []
         table.add_row(str(row.latent), Text(label), f"{row.density:.3%}", f"{row.maximum:.3g}", Text(f"'{row.promoted}'"),
-                      Text(row.passage.text if row.passage else "never fired"))
+                      *search, Text(row.passage.text if row.passage else "never fired"))
     head = Text(f"{found.n_passing:,} of {store.d_sae:,} features, measured on {store.n_tokens:,} tokens; "
                 f"page {page:,} of {found.n_pages:,}")
     return Group(head, table)

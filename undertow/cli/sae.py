@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sae.plan import Inputs, Plan
     from sae.sinks import Sinks
     from sae.spec import RunSpec
+    from sae.team import Team
     from undertow.subjects.subject import Subject
 
 app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train (one or a grid), resume, eval, compare, import.")
@@ -59,7 +60,9 @@ def train(
     normalize: Annotated[str, typer.Option(help="none, expected_average_only_in or layer_norm.")] = "expected_average_only_in",
     tokens: Annotated[int, typer.Option(help="Distinct activations to train on; fewer if the text has fewer.")] = 1_000_000,
     epochs: Annotated[float, typer.Option(help="How often each activation is seen.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(help="Activations a step.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Activations a step, of all processes together.")] = 2048,
+    precision: Annotated[str, typer.Option(help="Of the large products: float32, tf32 or bfloat16; weights stay float32.")]
+    = "float32",
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; derived from the width if absent.")] = None,
     aux_coefficient: Annotated[float, typer.Option(help="Weight of the AuxK loss that revives dead latents.")] = 1 / 32,
     context: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
@@ -78,11 +81,10 @@ def train(
     """Harvest activations, train an SAE on them, judge it on held-out text, and save it in sae-lens' format.
 
     Several sites, widths, k, prices or seeds train the whole grid from one harvest: one folder each in OUT, and an index.
-    Says beforehand what it will cost. Ctrl-C and SIGTERM save; `undertow sae resume OUT` goes on.
+    Says beforehand what it will cost. Ctrl-C and SIGTERM save; `undertow sae resume OUT` goes on. Past one device:
+    torchrun --nproc-per-node 2 -m undertow sae train ..., which divides every batch among the processes.
     """
     from sae.spec import RunSpec
-    from undertow.core.storage import refuse_existing
-    from undertow.subjects.load import load_subject
 
     sites, widths = [part.strip() for part in site.split(",")], _numbers("--width", width, int)
     counts, prices = _sparsities(architecture, k, sparsity)
@@ -92,13 +94,21 @@ def train(
         "text": {"source": text, "column": column, "chat": chat, "context": context, "held_out": held_out},
         "learn": {"width": widths[0], "k": counts and counts[0], "architecture": architecture, "epochs": epochs,
                   "batch_size": batch_size, "lr": lr, "aux_coefficient": aux_coefficient, "normalize": normalize,
-                  "prefixes": prefixes and _numbers("--prefixes", prefixes, int),
+                  "precision": precision, "prefixes": prefixes and _numbers("--prefixes", prefixes, int),
                   "penalty": {"coefficient": prices and prices[0], "warm_up": sparsity_warm_up, "bandwidth": bandwidth}},
         }, "sae train")
-    refuse_existing(out)
     axes: dict[str, Any] = {"sites": sites, "widths": widths, "sparsities": prices or counts, "seeds": seeds}
-    alone = seeds == 1 and all(len(axes[axis]) == 1 for axis in ("sites", "widths", "sparsities"))
-    (_train_one if alone else _train_grid)(spec, axes, load_subject(model, device), out, (wandb, json_))
+    _train(spec, axes, out, (device, wandb, json_))
+
+
+def _train(spec: RunSpec, axes: dict[str, Any], out: Path, how: tuple[str, str, bool]) -> None:
+    from sae.team import joined
+    from undertow.core.storage import refuse_existing
+
+    refuse_existing(out)
+    alone = axes["seeds"] == 1 and all(len(axes[axis]) == 1 for axis in ("sites", "widths", "sparsities"))
+    with joined(how[0]) as team:
+        (_train_one if alone else _train_grid)(spec, axes, team, out, how)
 
 
 def _sparsities(architecture: str, k: str | None, sparsity: str | None) -> tuple[list[int] | None, list[float] | None]:
@@ -123,28 +133,50 @@ def _numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]
     return found
 
 
-def _train_one(spec: RunSpec, _axes: dict[str, Any], subject: Subject, out: Path, how: tuple[str, bool]) -> None:
+def _open_subject(model: str, device: str, team: Team) -> Subject:
+    from undertow.subjects.load import load_subject
+
+    return load_subject(model, device if team.size == 1 else team.device)
+
+
+def _train_one(spec: RunSpec, _axes: dict[str, Any], team: Team, out: Path, how: tuple[str, str, bool]) -> None:
     from sae.plan import make_plan, open_inputs
     from sae.run import claim
     from undertow.core.storage import cache_dir
 
-    inputs = open_inputs(spec, subject)
-    _announce(make_plan(spec, inputs, cache_dir()), spec)
-    claim(out, spec)
-    _carry_out(spec, inputs, out, *how)
+    device, wandb, json_ = how
+    team.share_of(spec.learn.batch_size)
+    inputs = open_inputs(spec, _open_subject(spec.model, device, team))
+
+    def begin() -> None:
+        _announce(make_plan(spec, inputs, cache_dir()), spec)
+        claim(out, spec)
+
+    team.first(begin)
+    _carry_out(spec, inputs, out, (wandb, json_), team)
 
 
-def _train_grid(spec: RunSpec, axes: dict[str, Any], subject: Subject, out: Path, how: tuple[str, bool]) -> None:
+def _train_grid(spec: RunSpec, axes: dict[str, Any], team: Team, out: Path, how: tuple[str, str, bool]) -> None:
     from sae.grid import GridSpec, claim_grid, plan_grid
     from undertow.core.storage import cache_dir
 
+    _refuse_team(team)
+    subject = _open_subject(spec.model, how[0], team)
     grid = GridSpec.checked({**axes, "base": spec}, "sae train")
     for run in grid.runs().values():  # refused before anything is computed
         run.learn.train_spec(run.tokens, run.seed)
     plan = plan_grid(grid, subject, cache_dir())
     _announce_cost(f"{plan.runs} SAEs of {spec.model} from one harvest: {', '.join(grid.runs())}", plan)
     claim_grid(out, grid)
-    _carry_out_grid(grid, subject, out, *how)
+    _carry_out_grid(grid, subject, out, *how[1:])
+
+
+def _refuse_team(team: Team) -> None:
+    from undertow.core.errors import SpecError
+
+    if team.size > 1:
+        raise SpecError(f"a grid is trained by one process, and torchrun started {team.size}",
+                        "name one site, width, sparsity and seed, or start it without torchrun")
 
 
 @app.command()
@@ -158,14 +190,17 @@ def resume(
     from sae.grid import unfinished_grid
     from sae.plan import open_inputs
     from sae.run import unfinished
-    from undertow.subjects.load import load_subject
+    from sae.team import joined
 
     grid = unfinished_grid(out)
-    if grid is not None:
-        _carry_out_grid(grid, load_subject(grid.base.model, device), out, wandb, json_)
-        return
-    spec = unfinished(out)
-    _carry_out(spec, open_inputs(spec, load_subject(spec.model, device)), out, wandb, json_)
+    with joined(device) as team:
+        if grid is not None:
+            _refuse_team(team)
+            _carry_out_grid(grid, _open_subject(grid.base.model, device, team), out, wandb, json_)
+            return
+        spec = unfinished(out)
+        inputs = open_inputs(spec, _open_subject(spec.model, device, team))
+        _carry_out(spec, inputs, out, (wandb, json_), team)
 
 
 def _announce(plan: Plan, spec: RunSpec) -> None:
@@ -194,18 +229,36 @@ def _sinks(out: Path, wandb: str) -> Sinks:
     return open_sinks(Console(stderr=True), partial_folder(out) / LOG, wandb, wandb_folder=out.absolute().parent)
 
 
-def _carry_out(spec: RunSpec, inputs: Inputs, out: Path, wandb: str, json_: bool) -> None:
+def _carry_out(spec: RunSpec, inputs: Inputs, out: Path, shown: tuple[str, bool], team: Team) -> None:
     from sae.run import Interrupted, Watch, run
     from undertow.cli.progress import Phases, stop_requests
     from undertow.core.storage import cache_dir
 
+    if not team.is_first:
+        _assist(spec, inputs, out, team)
+        return
+    wandb, json_ = shown
     with stop_requests() as stop, _sinks(out, wandb) as sinks, Phases() as phases:
         try:
-            result = run(spec, inputs, out, cache_dir(), Watch(phases, sinks, stop))
+            result = run(spec, inputs, out, cache_dir(), Watch(phases, sinks, stop), team)
         except Interrupted as stopped:
             _say_stopped(stopped.folder, out, json_)
             raise typer.Exit(stop.exit_code) from None
     _print_figures(result.summary, json_)
+
+
+def _assist(spec: RunSpec, inputs: Inputs, out: Path, team: Team) -> None:
+    """The part of every process but the first: no screen, no files."""
+    from sae.run import Interrupted, Watch, assist
+    from sae.sinks import Sinks
+    from undertow.cli.progress import stop_requests
+    from undertow.core.storage import cache_dir
+
+    with stop_requests() as stop:
+        try:
+            assist(spec, inputs, out, cache_dir(), Watch(lambda *_: None, Sinks([]), stop), team)
+        except Interrupted:
+            raise typer.Exit(stop.exit_code) from None
 
 
 def _carry_out_grid(spec: GridSpec, subject: Subject, out: Path, wandb: str, json_: bool) -> None:
