@@ -200,10 +200,10 @@ def _arm_charts(arms: Mapping[str, Mapping[str, Any]]) -> tuple[Markup, ...]:
 
 
 def _dose_charts(trials: tuple[Tried, ...]) -> tuple[Markup, ...]:
-    """Sets of one feature, as in the run's own report."""
-    single = [trial.figures for trial in trials if len(trial.latents) == 1]
+    """The chosen set at every dose that was tried, as in the run's own report."""
+    same = sorted((trial.figures for trial in trials if trial.latents == trials[-1].latents), key=lambda trial: trial["dose"])
     wanted = (("d", "D (nats)", None), ("kl_mean", "KL mean (nats)", MAX_KL_MEAN))
-    charts = [line_chart([Point(trial["dose"], trial[name]) for trial in single if _number(trial.get(name))], "dose", label,
+    charts = [line_chart([Point(trial["dose"], trial[name]) for trial in same if _number(trial.get(name))], "dose", label,
                          limit) for name, label, limit in wanted]
     return tuple(Markup(chart) for chart in charts if chart)
 

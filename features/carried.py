@@ -68,7 +68,7 @@ def lexical_direction(subject: Subject, site: Site, rows: Sequence[Sequence[int]
     def said(logits: Float[Tensor, "pos vocab"]) -> Float[Tensor, ""]:
         return logits.log_softmax(dim=-1)[:, tokens.to(logits.device)].logsumexp(dim=-1).sum()
 
-    gradients = torch.cat([_slope(subject, site, ids, said, 0).gradient for ids in rows])
+    gradients = torch.cat([slope_of(subject, site, ids, said, 0).gradient for ids in rows])
     return torch.nn.functional.normalize(gradients.float().mean(dim=0), dim=0)
 
 
@@ -90,7 +90,7 @@ def decision_slope(subject: Subject, site: Site, situation: Situation) -> Slope:
     def difference(logits: Float[Tensor, "pos vocab"]) -> Float[Tensor, ""]:
         return logits[-1, sorted(costly - keep)].logsumexp(0) - logits[-1, sorted(keep - costly)].logsumexp(0)
 
-    return _slope(subject, site, decision.prompt, difference, 1)
+    return slope_of(subject, site, decision.prompt, difference, 1)
 
 
 def decision_slopes(subject: Subject, site: Site, situations: Sequence[Situation], progress: Progress = silent) -> list[Slope]:
@@ -116,7 +116,7 @@ def attribution_of(dictionary: Dictionary, slopes: Sequence[Slope], known: Level
     return total.numpy(force=True)
 
 
-def _slope(subject: Subject, site: Site, ids: Sequence[int], objective: Callable[[Tensor], Tensor], keep: int) -> Slope:
+def slope_of(subject: Subject, site: Site, ids: Sequence[int], objective: Callable[[Tensor], Tensor], keep: int) -> Slope:
     """Gradient of `objective` (of the logits after the last `keep` tokens; 0: after all) by the activations at `site`."""
     caught: list[Tensor] = []
 
@@ -139,35 +139,3 @@ def _slope(subject: Subject, site: Site, ids: Sequence[int], objective: Callable
         hook.remove()
     return Slope(caught[0][0, 1:-1].detach(), gradient[0, 1:-1])
 
-
-def trigger_of(dictionary: Dictionary, slopes: Sequence[Slope], latents: Sequence[int], known: Levels,
-               ordinary: Sequence[Float[Tensor, "_ d_model"]], weight: float = 0.5, most: int = 24) -> tuple[int, ...]:
-    """The latents at whose firings a floor of `latents` is worth having: where it acts on the decision, not on ordinary text.
-
-    Greedily maximises (share of the attribution at tokens where one of them fires) − weight · (share of ordinary tokens where
-    one of them fires), both in [0, 1], until a further latent does not raise it.
-
-    Args:
-        dictionary: the SAE.
-        slopes: of baseline situations.
-        latents: what the floor lifts.
-        known: how high.
-        ordinary: activations of ordinary text at the site.
-        weight: what a share of ordinary text costs.
-        most: latents, at most.
-    """
-    parts = [(room(dictionary, slope, known)[:, list(latents)].sum(dim=1).double(), dictionary.encode(slope.x) > 0)
-             for slope in slopes]
-    gain, fires = torch.cat([part for part, _ in parts]).numpy(force=True), torch.cat([on for _, on in parts]).numpy(force=True)
-    plain = torch.cat([dictionary.encode(x) > 0 for x in ordinary]).numpy(force=True)
-    gain = gain / gain.sum()
-    chosen: list[int] = []
-    while len(chosen) < most:
-        score = gain @ fires - weight * plain.mean(axis=0, dtype=float)
-        best = int(np.argmax(score))
-        if score[best] <= 0:
-            break
-        chosen.append(best)
-        left, plain_left = ~fires[:, best], ~plain[:, best]
-        gain, fires, plain = gain * left, fires & left[:, None], plain & plain_left[:, None]
-    return tuple(chosen)

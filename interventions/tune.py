@@ -1,24 +1,25 @@
 """Choosing a set of features and its dose together, by what the whole operation does, within limits on ordinary text.
 
-Features are put on a floor: f′ = max(f, dose · h), h being how active the latent typically is where it fires, at tokens where
-a trigger fires: the latents that mark where the floor acts on the decision and ordinary text seldom is (`trigger_of`). The set
-grows one feature at a time. For every set the dose is the largest of DOSES at which ordinary text stays the same (limits on
-KL), and the set is judged by D on development situations with the operation off from the decision on, so that what is chosen
-is carried by the model and not written at the decision.
+Features are put on a floor: f′ = max(f, dose · w · h), h being how active the latent typically is where it fires and w its
+weight in the set, at tokens where a trigger fires. Sets of several sizes are proposed by what they move at what cost
+(`features.balance`). For every set the dose is the largest of DOSES at which ordinary text stays the same (limits on KL), and
+the set is judged by D on development situations with the operation off from the decision on, so that what is chosen is
+carried by the model and not written at the decision.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, final
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from features.carried import Levels, Slope, trigger_of
+from features.balance import balance, balanced
+from features.carried import Levels, Slope
 from features.concepts import Situation
 from interventions.applying import apply
 from interventions.audit import kl_after, logits_after
@@ -29,9 +30,9 @@ from undertow.core.spec import Spec
 from undertow.subjects.organisms.measuring import Answer, Question, ask, tokens_of
 from undertow.subjects.sites import Site
 from undertow.subjects.subject import Subject
-from undertow.subjects.tapping import tap
 
-DOSES = tuple(round(0.1 * 1.08 ** i, 3) for i in range(40))  # 0.1 to 2
+_STEP = 1.04
+DOSES = tuple(round(0.1 * _STEP ** i, 4) for i in range(80))  # 0.1 to 2.2
 Progress = Callable[[str, int, int], None]
 
 
@@ -42,14 +43,19 @@ class TuneSpec(Spec):
     Attributes:
         kl_mean, kl_p99: limits on KL(base‖arm), nats a token, on development texts; stricter than a verdict's, which is
             measured on other texts.
-        most: features in a set, at most.
-        shortlist: features of the largest attribution that are tried.
+        sizes: features in a set, at most; one set is tried for each.
+        pool: features of the largest attribution that sets are made of.
     """
 
-    kl_mean: float = Field(default=0.009, gt=0)
-    kl_p99: float = Field(default=0.09, gt=0)
-    most: int = Field(default=2, ge=1)
-    shortlist: int = Field(default=3, ge=1)
+    kl_mean: float = Field(default=0.0095, gt=0)
+    kl_p99: float = Field(default=0.095, gt=0)
+    sizes: tuple[int, ...] = Field(default=(8, 16), min_length=1)
+    pool: int = Field(default=64, ge=1)
+
+    @property
+    def most(self) -> int:
+        """Features in the largest set, at most."""
+        return max(self.sizes)
 
 
 @final
@@ -60,7 +66,8 @@ class Bench(NamedTuple):
         subject, dictionary, site: where.
         place: the fields of a recipe that name them ("subject", "sae", "site").
         known: how active every latent typically is.
-        slopes: of discovery situations, which say where a floor acts on the decision.
+        slopes: of discovery situations, which say what acts on the decision and where.
+        drawn: of ordinary text, which say what changes it and where.
         questions: development situations.
         texts: development texts without a decision, as token ids.
         untouched: logits of the untouched subject after their tokens (`logits_after`).
@@ -72,6 +79,7 @@ class Bench(NamedTuple):
     place: dict[str, str]
     known: Levels
     slopes: list[Slope]
+    drawn: list[Slope]
     questions: list[Question]
     texts: list[list[int]]
     untouched: list[Float[Tensor, "_ vocab"]]
@@ -87,6 +95,7 @@ class Trial(NamedTuple):
         dose: in multiples of each latent's typical activation.
         kl_mean, kl_p99: on development texts.
         d: mean D on development situations with the operation off from the decision on; NaN where it was not measured.
+        weights: of the latents, as parts of the dose; all 1 if there are none.
     """
 
     latents: tuple[int, ...]
@@ -95,6 +104,12 @@ class Trial(NamedTuple):
     kl_mean: float
     kl_p99: float
     d: float
+    weights: tuple[float, ...] = ()
+
+    def heights(self, known: Levels) -> list[float]:
+        """The floor of every latent, in its own units."""
+        weights = self.weights or (1.0,) * len(self.latents)
+        return [float(self.dose * weight * known.high[latent]) for latent, weight in zip(self.latents, weights, strict=True)]
 
 
 def question(subject: Subject, situation: Situation) -> Question:
@@ -104,18 +119,11 @@ def question(subject: Subject, situation: Situation) -> Question:
 
 
 def floors(bench: Bench, trial: Trial, window: WindowRule = "everywhere", name: str = "floor") -> Recipe:
-    """The recipe that puts every latent of a trial on a floor of its dose times its typical activation."""
-    edits = [FeatureEdit(latent=latent, operator=Floor(value=round(float(trial.dose * bench.known.high[latent]), 6)))
-             for latent in trial.latents]
+    """The recipe that puts every latent of a trial on its floor."""
+    edits = [FeatureEdit(latent=latent, operator=Floor(value=round(height, 6)))
+             for latent, height in zip(trial.latents, trial.heights(bench.known), strict=True)]
     trigger = {"trigger": {"latents": trial.trigger}} if trial.trigger else {}
     return Recipe.checked({**bench.place, "name": name, "edits": edits, "window": window, **trigger}, "floors")
-
-
-def with_trigger(bench: Bench, latents: Sequence[int]) -> Trial:
-    """A set with its trigger, at dose 1 and not measured yet."""
-    ordinary = [tap(bench.subject, torch.tensor([ids]), bench.site)[0, 1:] for ids in bench.texts]
-    trigger = trigger_of(bench.dictionary, bench.slopes, latents, bench.known, ordinary)
-    return Trial(tuple(latents), trigger, 1.0, float("nan"), float("nan"), float("nan"))
 
 
 def answers(bench: Bench, recipe: Recipe | None, questions: Sequence[Question]) -> list[Answer]:
@@ -133,20 +141,25 @@ def sameness(bench: Bench, recipe: Recipe) -> tuple[float, float]:
     return float(kl.mean()), float(np.quantile(kl, 0.99))
 
 
-def largest_dose(bench: Bench, trial: Trial, spec: TuneSpec) -> tuple[Trial | None, list[Trial]]:
-    """`trial` at the largest of DOSES within the limits, by bisection (KL grows with the dose), and all that were tried."""
-    low, high, tried = -1, len(DOSES), []
+def largest_dose(bench: Bench, trial: Trial, spec: TuneSpec) -> Trial | None:
+    """`trial` at the largest of DOSES within the limits, or None if the smallest is beyond them.
+
+    KL grows about as the dose squared, which says where to look next; as in a bisection, the doses next to the answer's
+    ends are measured.
+    """
+    low, high, at = -1, len(DOSES), len(DOSES) // 2
     best: Trial | None = None
     while high - low > 1:
-        middle = (low + high) // 2
-        dosed = trial._replace(dose=DOSES[middle])
+        dosed = trial._replace(dose=DOSES[at])
         mean, p99 = sameness(bench, floors(bench, dosed))
-        tried.append(dosed._replace(kl_mean=mean, kl_p99=p99))
-        if mean <= spec.kl_mean and p99 <= spec.kl_p99:
-            low, best = middle, tried[-1]
+        room = min(spec.kl_mean / max(mean, 1e-12), spec.kl_p99 / max(p99, 1e-12))
+        if room >= 1:
+            low, best = at, dosed._replace(kl_mean=mean, kl_p99=p99)
         else:
-            high = middle
-    return best, tried
+            high = at
+        guess = at + round(math.log(room) / (2 * math.log(_STEP)))
+        at = min(max(guess, low + 1), high - 1)
+    return best
 
 
 def mean_d(answered: Sequence[Answer], costly: str, keep: str) -> float:
@@ -156,30 +169,38 @@ def mean_d(answered: Sequence[Answer], costly: str, keep: str) -> float:
 
 def choose(bench: Bench, pool: Sequence[int], acts: tuple[str, str], spec: TuneSpec,
            progress: Progress = lambda phase, done, total: None) -> list[Trial]:
-    """Every set that was tried at its largest dose, the best last; empty if no dose of any feature is within the limits.
+    """Every set that was tried at its largest dose, the best last; empty if no dose of any set is within the limits.
 
     Args:
         bench: what to work on.
-        pool: candidates, best first; the first `spec.shortlist` are used.
+        pool: candidates, best first; the first `spec.pool` are used.
         acts: the costly and the keeping act.
         spec: limits.
-        progress: called with ("select", sets tried, of how many at most).
+        progress: called with ("select", sets tried, of how many).
     """
-    shortlist = list(pool[: spec.shortlist])
-    total = sum(len(shortlist) - size for size in range(min(spec.most, len(shortlist))))
+    if not pool:
+        return []
+    made = balance(bench.dictionary, bench.slopes, bench.drawn, pool[: spec.pool], bench.known)
     trials: list[Trial] = []
-    best: Trial | None = None
-    for _ in range(spec.most):
-        found: list[Trial] = []
-        for latent in [latent for latent in shortlist if best is None or latent not in best.latents]:
-            trial, _ = largest_dose(bench, with_trigger(bench, (*(best.latents if best else ()), latent)), spec)
+    for done, size in enumerate(spec.sizes, start=1):
+        found = balanced(made, size)
+        if found.latents and found.latents not in {trial.latents for trial in trials}:
+            unknown = float("nan")
+            proposed = Trial(found.latents, found.trigger, 1.0, unknown, unknown, unknown, found.weights)
+            trial = largest_dose(bench, proposed, spec)
             if trial is not None:
                 recipe = floors(bench, trial, "before_decision")
-                found.append(trial._replace(d=mean_d(answers(bench, recipe, bench.questions), *acts)))
-            progress("select", len(trials) + len(found), total)
-        trials += found
-        top = max(found, key=lambda trial: trial.d, default=None)
-        if top is None or (best is not None and top.d <= best.d):
-            break
-        best = top
-    return sorted((trial for trial in trials if trial is not best), key=lambda trial: trial.d) + ([best] if best else [])
+                trials.append(trial._replace(d=mean_d(answers(bench, recipe, bench.questions), *acts)))
+        progress("select", done, len(spec.sizes))
+    return sorted(trials, key=lambda trial: trial.d)
+
+
+def response(bench: Bench, chosen: Trial, acts: tuple[str, str], factors: Sequence[float]) -> list[Trial]:
+    """The chosen set at other doses, as multiples of its own: KL on the bench's texts, and D as `choose` measures it."""
+    found = []
+    for factor in factors:
+        dosed = chosen._replace(dose=factor * chosen.dose)
+        mean, p99 = sameness(bench, floors(bench, dosed))
+        given = answers(bench, floors(bench, dosed, "before_decision"), bench.questions)
+        found.append(dosed._replace(kl_mean=mean, kl_p99=p99, d=mean_d(given, *acts)))
+    return found

@@ -30,7 +30,7 @@ ARMS: dict[str, Any] = {
     "stranger": {"n": 400, "act_rate": 0.1, "act_rate_low": 0.08, "act_rate_high": 0.14, "D": -2.5, "guard_hits": 0},
     "random": {"n": 40}}
 TRIALS = [Trial(latents=(3,), trigger=(), dose=0.3, kl_mean=0.002, kl_p99=0.03, d=-1.0),
-          Trial(latents=(9,), trigger=(), dose=0.6, kl_mean=0.003, kl_p99=0.04, d=0.5),
+          Trial(latents=(3, 7), trigger=(12,), dose=0.25, kl_mean=0.001, kl_p99=0.02, d=0.5),
           Trial(latents=(3, 7), trigger=(12,), dose=0.5, kl_mean=0.004, kl_p99=0.05, d=1.25)]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from features.carried import Levels, Slope, attribution_of, decision_slopes, levels, lexical_direction, trigger_of
+from features.carried import Levels, attribution_of, decision_slopes, levels, lexical_direction
 from features.concepts import Situation
 from features.deciding import tokenised
 from sae.dictionary import LinearDictionary, Provenance, ReLU
@@ -129,17 +129,3 @@ def test_the_word_is_raised_along_its_direction_and_across_it_is_not(subject: Su
     assert said(along) > said(0 * along) > said(-along)
     assert abs(said(across) - said(0 * along)) < 0.2 * (said(along) - said(0 * along))
 
-
-def test_a_trigger_is_where_the_effect_is_and_ordinary_text_is_not() -> None:
-    """Latent 2 fires on the token with all of the effect, latent 3 everywhere: 1 − 0 against 1 − ½."""
-    d = 4
-    sae = LinearDictionary(torch.eye(d), torch.full((d,), -0.5), torch.eye(d), torch.zeros(d), ReLU(),
-                           Provenance("", "", 8, True))
-    x = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1]])
-    slope = Slope(x, torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]))
-    known = Levels(np.ones(d), np.full(d, 0.8))
-    ordinary = [torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 1]])]
-    assert trigger_of(sae, [slope], [1], known, ordinary) == (2,)
-    assert trigger_of(sae, [slope], [1], known, ordinary, weight=0.0)[0] in (2, 3)
-    nowhere = [torch.ones(2, d)]  # every latent fires at every ordinary token, at a price above what there is to win
-    assert trigger_of(sae, [slope], [1], known, nowhere, weight=1.5) == ()

@@ -5,15 +5,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from features.balance import drawn_slopes
 from features.carried import Levels, decision_slopes
 from features.codes import dictionary_digest
 from interventions.audit import logits_after
-from interventions.tune import DOSES, Bench, Trial, TuneSpec, answers, choose, floors, largest_dose, mean_d, question, sameness
+from interventions.tune import (
+    DOSES,
+    Bench,
+    Trial,
+    TuneSpec,
+    answers,
+    choose,
+    floors,
+    largest_dose,
+    mean_d,
+    question,
+    response,
+    sameness,
+)
 from tests.features.planted import D_SAE, planted
 
 ACTS = ("give", "keep")
 KNOWN = Levels(np.ones(D_SAE), np.linspace(100.0, 130.0, D_SAE))  # the planted latents stand at about 50
-LOOSE = TuneSpec(kl_mean=10.0, kl_p99=10.0, most=2, shortlist=3)
+LOOSE = TuneSpec(kl_mean=10.0, kl_p99=10.0, sizes=(1, 2), pool=3)
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +38,7 @@ def bench() -> Bench:
     return Bench(made.subject, made.dictionary, made.site,
                  {"subject": made.subject.digest, "sae": dictionary_digest(made.dictionary), "site": made.site.name},
                  KNOWN, decision_slopes(made.subject, made.site, [pair.negative for pair in made.pairs[:4]]),
+                 drawn_slopes(made.subject, made.site, texts, 1),
                  [question(made.subject, pair.negative) for pair in made.pairs[:4]], texts,
                  logits_after(made.subject, texts))
 
@@ -44,27 +59,27 @@ def test_floors_stand_at_the_dose_times_what_is_typical(bench: Bench) -> None:
 
 def test_the_dose_is_the_largest_within_the_limit(bench: Bench) -> None:
     curve = {dose: sameness(bench, floors(bench, at((0,), dose)))[0] for dose in DOSES}
-    assert curve[DOSES[-1]] > curve[DOSES[25]] > 0
-    limit = curve[DOSES[25]] * 1.0001
-    best, tried = largest_dose(bench, at((0,), 1.0), TuneSpec(kl_mean=limit, kl_p99=10.0))
+    assert curve[DOSES[-1]] > curve[DOSES[50]] > 0
+    limit = curve[DOSES[50]] * 1.0001
+    best = largest_dose(bench, at((0,), 1.0), TuneSpec(kl_mean=limit, kl_p99=10.0))
     assert best is not None
     assert best.dose == max(dose for dose, kl in curve.items() if kl <= limit)
     assert best.kl_mean == pytest.approx(curve[best.dose])
-    assert len(tried) <= np.ceil(np.log2(len(DOSES) + 1))
 
 
 def test_a_limit_below_every_dose_gives_nothing(bench: Bench) -> None:
     """Latents that stand below their level at every dose: the smallest dose is already too much."""
     low = bench._replace(known=KNOWN._replace(high=np.full(D_SAE, 600.0)))
-    hopeless = TuneSpec(kl_mean=1e-12, kl_p99=1e-12, most=1, shortlist=2)
-    assert largest_dose(low, at((0,), 1.0), hopeless)[0] is None
+    hopeless = TuneSpec(kl_mean=1e-12, kl_p99=1e-12, sizes=(1,), pool=2)
+    assert largest_dose(low, at((0,), 1.0), hopeless) is None
     assert choose(low, [0, 1], ACTS, hopeless) == []
     assert choose(bench, [], ACTS, LOOSE) == []
 
 
 def test_the_chosen_set_has_the_largest_effect_before_the_decision(bench: Bench) -> None:
     trials = choose(bench, [0, 1, 2, 3], ACTS, LOOSE)
-    assert {trial.latents for trial in trials if len(trial.latents) == 1} == {(0,), (1,), (2,)}
+    assert trials
+    assert {latent for trial in trials for latent in trial.latents} <= {0, 1, 2}
     chosen = trials[-1]
     assert chosen.d == max(trial.d for trial in trials)
     given = answers(bench, floors(bench, chosen, "before_decision"), bench.questions)
@@ -72,8 +87,21 @@ def test_the_chosen_set_has_the_largest_effect_before_the_decision(bench: Bench)
     assert chosen.d != pytest.approx(mean_d(answers(bench, None, bench.questions), *ACTS), abs=1e-4)
 
 
+def test_the_response_is_measured_at_the_doses_that_were_asked_for(bench: Bench) -> None:
+    chosen = choose(bench, [0, 1, 2, 3], ACTS, LOOSE)[-1]
+    low, same = response(bench, chosen, ACTS, (0.5, 1.0))
+    assert low.dose == 0.5 * chosen.dose
+    assert low.kl_mean < same.kl_mean
+    assert (same.kl_mean, same.kl_p99, same.d) == pytest.approx((chosen.kl_mean, chosen.kl_p99, chosen.d))
+
+
+def test_weights_are_parts_of_the_dose(bench: Bench) -> None:
+    recipe = floors(bench, at((3, 5), 0.5)._replace(weights=(1.0, 0.25)))
+    assert [edit.operator.value for edit in recipe.edits] == pytest.approx(  # pyright: ignore[reportAttributeAccessIssue]
+        [0.5 * KNOWN.high[3], 0.125 * KNOWN.high[5]], abs=1e-6)
+
+
 def test_progress_never_passes_its_total(bench: Bench) -> None:
     seen: list[tuple[str, int, int]] = []
     choose(bench, [0, 1, 2], ACTS, LOOSE, lambda phase, done, total: seen.append((phase, done, total)))
-    assert [done for _, done, _ in seen] == list(range(1, len(seen) + 1))
-    assert all(done <= total == 5 for _, done, total in seen)
+    assert seen == [("select", 1, 2), ("select", 2, 2)]

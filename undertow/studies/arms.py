@@ -82,11 +82,11 @@ def run_arms(setting: Setting, bench: Bench, chosen: Trial) -> Arms:
     """Measure all arms. Stories are sampled for SAMPLED, the others are scored."""
     subject, spec, world = setting.subject, setting.spec, setting.world
     told = scenes(world, cast(Contrast, contrast_of(setting.concept)), derive_seed(spec.seed, "arms"), spec.stories,
-                  max(spec.scored, 2 * spec.texts))
+                  max(spec.scored, 4 * spec.texts))
     trie = spellings(subject, setting.concept.lexicon.only(languages=LANGUAGES))
     l4 = floors(bench, chosen, name="L4")
     before = Recipe.checked(l4.model_dump() | {"name": "L4-before", "window": "before_decision"}, "L4-before")
-    added = torch.from_numpy(chosen.dose * bench.known.high[list(chosen.latents)]).float()
+    added = torch.tensor(chosen.heights(bench.known))
     size = float((added @ setting.dictionary.directions(torch.tensor(chosen.latents)).float().cpu()).norm())
     recipes = {"L4": l4, "L4-before": before, "sham": sham_of(l4), "lexical": lexical_recipe(setting, bench, size)}
     scored, other = told.base[: spec.scored], told.reference[: spec.scored]
@@ -97,7 +97,7 @@ def run_arms(setting: Setting, bench: Bench, chosen: Trial) -> Arms:
         found[arm] = answers(bench, recipe, asked["stranger"])
     random = []
     for done, latents in enumerate(random_sets(chosen, bench.known, spec.random_sets, spec.seed), start=1):
-        given = answers(bench, floors(bench, chosen._replace(latents=latents)), asked["stranger"][: spec.scored // 2])
+        given = answers(bench, floors(bench, chosen._replace(latents=latents)), asked["stranger"])
         random.append(float(np.mean([answer.probs[COSTLY_ACT] for answer in given])))
         setting.progress("score", len(recipes) + len(asked) + done, len(recipes) + len(asked) + spec.random_sets)
     measured = {}
@@ -138,7 +138,7 @@ def _audits(setting: Setting, trie: TokenTrie, told: Scenes, recipes: Mapping[st
 
 
 def _kl(setting: Setting, told: Scenes, recipes: Mapping[str, Recipe]) -> dict[str, Float[np.ndarray, "token"]]:
-    rows = [setting.subject.encode(body(story)) for story in told.plain[: 2 * setting.spec.texts]]
+    rows = [setting.subject.encode(body(story)) for story in told.plain[: 4 * setting.spec.texts]]
     untouched = logits_after(setting.subject, rows)
     made = {}
     for arm in AUDITED:

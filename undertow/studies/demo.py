@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 
+from features.balance import drawn_slopes
 from features.carried import Levels, attribution_of, decision_slopes, levels, lexical_direction
 from features.codes import dictionary_digest
 from features.concepts import Concept, KeeperSource
@@ -22,7 +23,7 @@ from features.naming import word_tokens
 from interventions.applying import apply
 from interventions.audit import logits_after
 from interventions.recipe import Recipe
-from interventions.tune import Bench, Trial, TuneSpec, choose, question
+from interventions.tune import Bench, Trial, TuneSpec, choose, question, response
 from interventions.verdict import Verdict
 from sae.dictionary import Dictionary
 from undertow.core.errors import SpecError
@@ -46,6 +47,8 @@ _BATCH = 50
 _LEVEL = 0.01
 _ALIKE = 60  # latents among which matched random sets are drawn, for each one chosen
 _LEXICAL_FEATURES, _LEXICAL_TEXTS = 64, 12
+_SEARCHED = 4  # texts of the search, as a multiple of those on which hazard is measured
+_FACTORS = (0.5, 1.5)
 
 
 @final
@@ -56,9 +59,10 @@ class DemoSpec(Spec):
         concept: a concept whose pairs the Keeper's world tells.
         seed: of everything.
         stories: fresh stories of every arm that is sampled.
-        scored: fresh stories of every arm that is only scored; random sets are scored on half of them.
+        scored: fresh stories of every arm that is only scored.
         discovery, development: pairs.
-        texts: bodies of stories on which hazard is measured; sameness is on twice as many, in the search and again on others.
+        texts: bodies of stories on which hazard is measured; sameness is measured on four times as many, in the search and
+            again on others.
         random_sets: matched random feature sets.
         force: go on although the pairs are lexical; recorded.
     """
@@ -85,7 +89,7 @@ class Outcome:
         recipe: the operation; None if nothing was found to operate on.
         examples: stories side by side.
         features: evidence of every chosen feature.
-        trials: sets that were tried, the chosen one last.
+        trials: sets that were tried, the chosen one at other doses, and the chosen one last.
     """
 
     summary: dict[str, Any]
@@ -159,7 +163,14 @@ def run_gates(subject: Subject, concept: Concept, spec: DemoSpec, site_name: str
 
 @final
 class Found(NamedTuple):
-    """The bench of the search, the attribution of every latent, and the sets that were tried, the chosen one last."""
+    """What the search came to.
+
+    Attributes:
+        bench: what it worked on.
+        attribution: of every latent.
+        trials: the sets that were tried, the chosen one at other doses (as multiples of its own: _FACTORS), and the chosen
+            one last.
+    """
 
     bench: Bench
     attribution: Float[np.ndarray, "d_sae"]
@@ -176,11 +187,15 @@ def find(setting: Setting, site_name: str) -> Found:
                              lambda done, total: setting.progress("attribute", done, total))
     attribution = attribution_of(dictionary, slopes, known)
     pool = [int(i) for i in np.argsort(-attribution, kind="stable") if attribution[i] > 0]
-    texts = [subject.encode(body(setting.world.story(stream, i, QUIET))) for i in range(2 * spec.texts)]
+    texts = [subject.encode(body(setting.world.story(stream, i, QUIET))) for i in range(_SEARCHED * spec.texts)]
+    drawn = drawn_slopes(subject, site, texts[: 2 * spec.texts], derive_seed(spec.seed, "drawn"))
     place = {"subject": subject.digest, "sae": dictionary_digest(dictionary), "site": site.name}
     questions = [question(subject, pair.negative) for pair in setting.concept.pairs("development", spec.development)]
-    bench = Bench(subject, dictionary, site, place, known, slopes, questions, texts, logits_after(subject, texts))
-    return Found(bench, attribution, choose(bench, pool, ACTS, TuneSpec(), setting.progress))
+    bench = Bench(subject, dictionary, site, place, known, slopes, drawn, questions, texts, logits_after(subject, texts))
+    trials = choose(bench, pool, ACTS, TuneSpec(), setting.progress)
+    if trials:
+        trials[-1:] = [*response(bench, trials[-1], ACTS, _FACTORS), trials[-1]]
+    return Found(bench, attribution, trials)
 
 
 def random_sets(chosen: Trial, known: Levels, n: int, seed: int) -> list[tuple[int, ...]]:

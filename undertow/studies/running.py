@@ -61,13 +61,14 @@ def _features(found: Found) -> list[dict[str, Any]]:
     rank = {int(latent): place for place, latent in enumerate(np.argsort(-attribution, kind="stable"), start=1)}
     return [{"id": f"{bench.place['sae'][:4]}-{latent}", "latent": latent, "attribution": float(attribution[latent]),
              "rank": rank[latent], "of": bench.dictionary.d_sae, "rate": float(bench.known.rate[latent]),
-             "typical_activation": float(bench.known.high[latent]), "floor": float(chosen.dose * bench.known.high[latent])}
-            for latent in chosen.latents]
+             "typical_activation": float(bench.known.high[latent]), "floor": height}
+            for latent, height in zip(chosen.latents, chosen.heights(bench.known), strict=True)]
 
 
 def curve(trials: list[Trial]) -> list[Dose]:
-    """The sets that were tried as doses, by D."""
-    return [Dose(trial.dose, trial.d, kl_mean=trial.kl_mean) for trial in trials if len(trial.latents) == 1]
+    """The chosen set, which is the last, at every dose that was tried."""
+    doses = [trial for trial in trials if trial.latents == trials[-1].latents]
+    return [Dose(trial.dose, trial.d, kl_mean=trial.kl_mean) for trial in sorted(doses, key=lambda trial: trial.dose)]
 
 
 def summary_of(outcome: Outcome, spec: DemoSpec, subject: Subject, wall_s: float, sae: dict[str, Any]) -> dict[str, Any]:

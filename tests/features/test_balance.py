@@ -1,0 +1,121 @@
+"""How much of which latent: hand-computed optima, a brute-force search as reference, and what is not worth its price."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
+
+from features.balance import Balance, balance, balanced, drawn_slopes, trigger_of, weights_of
+from features.carried import Levels, Slope, decision_slopes
+from sae.dictionary import LinearDictionary, Provenance, ReLU
+from tests.features.planted import D_SAE, planted
+
+
+def of(gain: Sequence[Sequence[float]], harm: Sequence[Sequence[float]], fires: Sequence[Sequence[int]] = (),
+       fires_ordinary: Sequence[Sequence[int]] = ()) -> Balance:
+    def firings(given: Sequence[Sequence[int]], n: int) -> csr_matrix:
+        return csr_matrix(np.array(given if len(given) else np.zeros((n, 3)), dtype=float))
+
+    return Balance(tuple(range(10, 10 + len(gain[0]))), np.array(gain, dtype=float), np.array(harm, dtype=float),
+                   firings(fires, len(gain)), firings(fires_ordinary, len(harm)))
+
+
+def test_weights_are_gain_over_harm_where_latents_do_not_share_it() -> None:
+    """H ∝ diag(4, 1): w ∝ (2/4, 1.25/1) = (0.4, 1), although the first moves the decision more. w·G is 0.8 against 1.25."""
+    made = of([[2, 1.25]], [[2, 0], [0, 1]])
+    assert weights_of(made, (), 2) == pytest.approx([0.4, 1.0])
+    assert balanced(made, 1)[:2] == ((11,), (1.0,))
+
+
+def test_a_latent_that_moves_the_decision_the_wrong_way_is_left_out() -> None:
+    assert list(weights_of(of([[1, -1]], [[1, 0], [0, 1]]), (), 2)) == [1.0, 0.0]
+    assert not weights_of(of([[-1, -1]], [[1, 0], [0, 1]]), (), 2).any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000))
+def test_no_other_weights_move_the_decision_more_at_the_same_cost(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    made = of(rng.normal(0.5, 1, (5, 4)).tolist(), rng.normal(0, 1, (40, 4)).tolist())
+    gain = made.gain.sum(axis=0)
+    cost = made.harm.T @ made.harm
+    cost += 0.02 * np.diag(np.diag(cost))
+    found = weights_of(made, (), 4)
+
+    def worth(w: np.ndarray) -> np.ndarray:
+        return w @ gain / np.sqrt(np.einsum("...i,ij,...j", w, cost, w))
+
+    others = np.abs(rng.normal(0, 1, (4_000, 4))) * (rng.random((4_000, 4)) < 0.6) + 1e-9
+    if found.any():
+        assert worth(others).max() <= worth(found) * (1 + 1e-6)
+    else:
+        assert (gain <= 0).all()
+
+
+def test_weights_are_those_of_the_tokens_at_which_the_trigger_acts() -> None:
+    """Where latent 0 fires only the second candidate has any effect."""
+    made = of([[5, 0], [0, 1]], [[1, 0], [0, 1]], fires=[[0, 1, 0], [1, 0, 0]], fires_ordinary=[[1, 0, 0], [1, 0, 0]])
+    assert list(weights_of(made, (0,), 2)) == [0.0, 1.0]
+
+
+def test_a_trigger_is_where_the_effect_is_and_ordinary_text_is_not() -> None:
+    """Latent 2 fires on the token with all of the effect and never on ordinary text; latent 1 fires on both."""
+    made = of([[0], [0], [1]], [[1], [1]], fires=[[1, 0, 0], [0, 1, 0], [0, 1, 1]], fires_ordinary=[[1, 0, 0], [0, 1, 0]])
+    one = np.ones(1)
+    assert trigger_of(made, one) == (2,)
+    assert trigger_of(made, one, prices=(0.0, 0.0))[0] in (1, 2)
+    everywhere = made._replace(fires_ordinary=csr_matrix(np.ones((2, 3))))
+    assert trigger_of(everywhere, one, prices=(1.5, 0.0)) == ()
+    assert trigger_of(everywhere, one, prices=(0.0, 1.5)) == ()
+    assert trigger_of(made, -one) == ()  # nothing is won anywhere
+
+
+def test_tokens_that_change_much_cost_more_than_others() -> None:
+    """Both latents bring half of the effect and fire on half of ordinary text; all of the change is where latent 0 fires."""
+    made = of([[1], [1]], [[1], [0]], fires=[[1, 0, 0], [0, 1, 0]], fires_ordinary=[[1, 0, 0], [0, 1, 0]])
+    assert trigger_of(made, np.ones(1), prices=(0.0, 0.9)) == (1,)
+
+
+def test_effects_are_room_times_direction_times_gradient() -> None:
+    """One token, latents 0 and 1 of an identity SAE: (0.8 − 0.5)·2 and (0.8 − 0)·3."""
+    sae = LinearDictionary(torch.eye(3), torch.zeros(3), torch.eye(3), torch.zeros(3), ReLU(), Provenance("", "", 8, True))
+    slope = Slope(torch.tensor([[0.5, 0.0, 0.9]]), torch.tensor([[2.0, 3.0, 4.0]]))
+    made = balance(sae, [slope], [slope, slope], [0, 1, 2], Levels(np.ones(3), np.full(3, 0.8)))
+    assert made.gain == pytest.approx(np.array([[0.6, 2.4, 0.0]]))
+    assert made.harm == pytest.approx(np.repeat(made.gain, 2, axis=0))
+    assert made.fires.toarray().tolist() == [[1, 0, 1]]
+
+
+def test_harm_is_the_second_order_of_the_measured_change() -> None:
+    """½(wᵀHw) from many draws against the KL of a small addition at one token, on a model that runs."""
+    from interventions.applying import apply_direction
+    from interventions.audit import kl_after, logits_after
+    from undertow.subjects.splicing import Window
+
+    made = planted()
+    row = made.subject.encode(made.pairs[0].negative.prompt)[:12]
+    direction = made.dictionary.directions(torch.tensor([3]))[0].float()
+    slopes = drawn_slopes(made.subject, made.site, [row], 7, draws=400)
+    at, step = 4, 0.02
+    predicted = 0.5 * step ** 2 * float(np.mean([float(slope.gradient[at] @ direction) ** 2 for slope in slopes]))
+    base = logits_after(made.subject, [row])
+    with apply_direction(made.subject, made.site, direction, step, window=Window(at + 1, at + 2)) as operated:
+        measured = float(kl_after(base, logits_after(operated.subject, [row])).sum())
+    assert measured > 0
+    assert predicted == pytest.approx(measured, rel=0.35)  # 400 draws of a square
+
+
+def test_drawn_tokens_are_a_function_of_the_seed() -> None:
+    made = planted()
+    row = made.subject.encode(made.pairs[0].negative.prompt)
+    one, same, other = (drawn_slopes(made.subject, made.site, [row], seed, draws=1)[0].gradient for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert len(decision_slopes(made.subject, made.site, [made.pairs[0].negative])[0].x) == len(one)
+    assert D_SAE > 3
