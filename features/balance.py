@@ -9,8 +9,9 @@ the attribution (`carried`). By second order ordinary text moves by
 the Fisher information of what the model says next along the decoder directions (Amari 1998; drawn and not observed tokens:
 Kunstner et al. 2019, arXiv 1905.12558). We depart from it in one point: each token is taken by itself. With the products
 between tokens H is estimated too badly from a few texts, and what was chosen by it moved the decision less at the same KL. The
-largest G·w at a given wᵀHw, w ≥ 0, is a non-negative least squares problem, whose solution is sparse by itself; it is cut to
-a wanted number of latents by leaving out the least w_i·G_i, one at a time.
+largest G·w at a given wᵀHw + c·(L·w)², w ≥ 0, with L what each latent does to the word, is a non-negative least squares
+problem: latents that raise the word are taken together with others that lower it. Its solution is sparse by itself; it is cut
+to a wanted number of latents by leaving out the least w_i·G_i, one at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from scipy.optimize import nnls
 from scipy.sparse import csr_matrix
 from torch import Tensor
@@ -35,6 +36,7 @@ DRAWS = 2
 TOKEN_PRICE, CHANGE_PRICE = 0.35, 0.15  # of acting on all of ordinary text, and of all its change, in shares of the effect
 MOST_TRIGGERS = 32
 _RIDGE = 0.02  # of H's own diagonal, which is estimated from few texts
+_WORD = 1.0  # c, where H and L·Lᵀ are scaled to a mean diagonal of 1
 _ROUNDS = 2
 
 
@@ -47,6 +49,8 @@ class Balance(NamedTuple):
         gain: on D, nats, at the tokens of the situations; their sum over tokens, divided by the situations, is G.
         harm: a of the formula, nats, at the tokens of ordinary text, once for each draw.
         fires, fires_ordinary: 1 where a latent is active at the same tokens.
+        word: on the log of the word's probability, summed over a text, nats, at the tokens of ordinary text; their sum is L.
+        fires_word: as `fires`, at these tokens.
     """
 
     pool: tuple[int, ...]
@@ -54,6 +58,8 @@ class Balance(NamedTuple):
     harm: Float[np.ndarray, "token pool"]
     fires: csr_matrix
     fires_ordinary: csr_matrix
+    word: Float[np.ndarray, "token pool"]
+    fires_word: csr_matrix
 
 
 @final
@@ -85,15 +91,39 @@ def drawn_slopes(subject: Subject, site: Site, rows: Sequence[Sequence[int]], se
     return [slope_of(subject, site, ids, said, 0) for ids in rows for _ in range(draws)]
 
 
-def balance(dictionary: Dictionary, slopes: Sequence[Slope], drawn: Sequence[Slope], pool: Sequence[int], known: Levels
-            ) -> Balance:
-    """From the slopes of baseline situations (`decision_slopes`) and of ordinary text (`drawn_slopes`)."""
+def word_slopes(subject: Subject, site: Site, rows: Sequence[Sequence[int]], tokens: Int64[Tensor, "token"]) -> list[Slope]:
+    """Gradients of log Σ P(one of `tokens` comes next), the sum being over the tokens of a text but its first."""
+    def said(logits: Float[Tensor, "pos vocab"]) -> Float[Tensor, ""]:
+        return logits[1:].log_softmax(dim=-1)[:, tokens.to(logits.device)].logsumexp(dim=-1).logsumexp(dim=0)
+
+    return [slope_of(subject, site, ids, said, 0) for ids in rows]
+
+
+@final
+class Slopes(NamedTuple):
+    """Gradients from which sets are proposed.
+
+    Attributes:
+        decisions: of D, in baseline situations (`carried.decision_slopes`).
+        drawn: of what the model says next in ordinary text (`drawn_slopes`).
+        word: of the word in ordinary text (`word_slopes`).
+    """
+
+    decisions: list[Slope]
+    drawn: list[Slope]
+    word: list[Slope]
+
+
+def balance(dictionary: Dictionary, slopes: Slopes, pool: Sequence[int], known: Levels) -> Balance:
+    """The effects of the candidates `pool` by first order."""
     chosen = list(pool)
 
     def effects(of: Sequence[Slope]) -> Float[np.ndarray, "token pool"]:
         return torch.cat([room(dictionary, slope, known)[:, chosen].double() for slope in of]).numpy(force=True)
 
-    return Balance(tuple(chosen), effects(slopes), effects(drawn), _firings(dictionary, slopes), _firings(dictionary, drawn))
+    return Balance(tuple(chosen), effects(slopes.decisions), effects(slopes.drawn),
+                   _firings(dictionary, slopes.decisions), _firings(dictionary, slopes.drawn),
+                   effects(slopes.word) / len(slopes.word), _firings(dictionary, slopes.word))
 
 
 def balanced(made: Balance, most: int) -> Balanced:
@@ -110,10 +140,9 @@ def weights_of(made: Balance, trigger: Sequence[int], most: int) -> Float[np.nda
     """w of every candidate, the largest 1, at most `most` of them above 0, for an operation that acts at the trigger."""
     acts, acts_ordinary = (_any(fires, trigger) for fires in (made.fires, made.fires_ordinary))
     gain = made.gain[acts].sum(axis=0)
-    harm = made.harm[acts_ordinary]
-    information = harm.T @ harm
-    scale = max(float(np.trace(information)), 1e-300) / len(information)
-    information = information / scale + np.diag(_RIDGE * np.diag(information) / scale + 1e-9)
+    harm, word = made.harm[acts_ordinary], made.word[_any(made.fires_word, trigger)].sum(axis=0)
+    information = _scaled(harm.T @ harm)
+    information += np.diag(_RIDGE * np.diag(information) + 1e-9) + _WORD * _scaled(np.outer(word, word))
     kept = np.arange(len(gain))
     while True:
         found = _largest(information[np.ix_(kept, kept)], gain[kept])
@@ -156,6 +185,11 @@ def _largest(information: Float[np.ndarray, "pool pool"], gain: Float[np.ndarray
     """The w ≥ 0 that maximises gain·w − ½ wᵀ(information)w."""
     root = np.linalg.cholesky(information)
     return nnls(root.T, np.linalg.solve(root, gain))[0]
+
+
+def _scaled(matrix: Float[np.ndarray, "pool pool"]) -> Float[np.ndarray, "pool pool"]:
+    """To a mean diagonal of 1, unless it is zero."""
+    return matrix / max(float(np.trace(matrix)) / len(matrix), 1e-300)
 
 
 def _firings(dictionary: Dictionary, slopes: Sequence[Slope]) -> csr_matrix:

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from features.balance import balance, balanced
-from features.carried import Levels, Slope
+from features.balance import Slopes, balance, balanced
+from features.carried import Levels
 from features.concepts import Situation
 from interventions.applying import apply
 from interventions.audit import kl_after, logits_after
@@ -48,7 +48,7 @@ class TuneSpec(Spec):
     """
 
     kl_mean: float = Field(default=0.0095, gt=0)
-    kl_p99: float = Field(default=0.095, gt=0)
+    kl_p99: float = Field(default=0.09, gt=0)
     sizes: tuple[int, ...] = Field(default=(8, 16), min_length=1)
     pool: int = Field(default=64, ge=1)
 
@@ -66,8 +66,7 @@ class Bench(NamedTuple):
         subject, dictionary, site: where.
         place: the fields of a recipe that name them ("subject", "sae", "site").
         known: how active every latent typically is.
-        slopes: of discovery situations, which say what acts on the decision and where.
-        drawn: of ordinary text, which say what changes it and where.
+        slopes: gradients in discovery situations and ordinary texts, from which sets are proposed.
         questions: development situations.
         texts: development texts without a decision, as token ids.
         untouched: logits of the untouched subject after their tokens (`logits_after`).
@@ -78,8 +77,7 @@ class Bench(NamedTuple):
     site: Site
     place: dict[str, str]
     known: Levels
-    slopes: list[Slope]
-    drawn: list[Slope]
+    slopes: Slopes
     questions: list[Question]
     texts: list[list[int]]
     untouched: list[Float[Tensor, "_ vocab"]]
@@ -180,7 +178,7 @@ def choose(bench: Bench, pool: Sequence[int], acts: tuple[str, str], spec: TuneS
     """
     if not pool:
         return []
-    made = balance(bench.dictionary, bench.slopes, bench.drawn, pool[: spec.pool], bench.known)
+    made = balance(bench.dictionary, bench.slopes, pool[: spec.pool], bench.known)
     trials: list[Trial] = []
     for done, size in enumerate(spec.sizes, start=1):
         found = balanced(made, size)

@@ -11,19 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from features.balance import Balance, balance, balanced, drawn_slopes, trigger_of, weights_of
+from features.balance import Balance, Slopes, balance, balanced, drawn_slopes, trigger_of, weights_of
 from features.carried import Levels, Slope, decision_slopes
 from sae.dictionary import LinearDictionary, Provenance, ReLU
 from tests.features.planted import D_SAE, planted
 
 
 def of(gain: Sequence[Sequence[float]], harm: Sequence[Sequence[float]], fires: Sequence[Sequence[int]] = (),
-       fires_ordinary: Sequence[Sequence[int]] = ()) -> Balance:
+       fires_ordinary: Sequence[Sequence[int]] = (), word: Sequence[Sequence[float]] = ()) -> Balance:
+    said = np.array(word if len(word) else np.zeros((1, len(gain[0]))), dtype=float)
+
     def firings(given: Sequence[Sequence[int]], n: int) -> csr_matrix:
         return csr_matrix(np.array(given if len(given) else np.zeros((n, 3)), dtype=float))
 
     return Balance(tuple(range(10, 10 + len(gain[0]))), np.array(gain, dtype=float), np.array(harm, dtype=float),
-                   firings(fires, len(gain)), firings(fires_ordinary, len(harm)))
+                   firings(fires, len(gain)), firings(fires_ordinary, len(harm)), said, firings((), len(said)))
 
 
 def test_weights_are_gain_over_harm_where_latents_do_not_share_it() -> None:
@@ -36,6 +38,17 @@ def test_weights_are_gain_over_harm_where_latents_do_not_share_it() -> None:
 def test_a_latent_that_moves_the_decision_the_wrong_way_is_left_out() -> None:
     assert list(weights_of(of([[1, -1]], [[1, 0], [0, 1]]), (), 2)) == [1.0, 0.0]
     assert not weights_of(of([[-1, -1]], [[1, 0], [0, 1]]), (), 2).any()
+
+
+def test_a_latent_that_raises_the_word_is_taken_with_one_that_lowers_it() -> None:
+    """Alone the first would do: it moves the decision most. But it raises the word, and the second lowers it as much."""
+    gain, harm = [[3, 1, 1]], np.eye(3).tolist()
+    plain = weights_of(of(gain, harm), (), 3)
+    assert plain == pytest.approx([1, 1 / 3, 1 / 3])
+    held = weights_of(of(gain, harm, word=[[1, -1, 0]]), (), 3)
+    assert held[0] - held[1] < 0.5 * (plain[0] - plain[1])
+    assert held[2] < held[1]
+    assert weights_of(of(gain, harm, word=[[1, 0, 0]]), (), 3)[0] < 1  # with nothing to lower it, it is held back
 
 
 @settings(max_examples=25, deadline=None)
@@ -86,9 +99,10 @@ def test_effects_are_room_times_direction_times_gradient() -> None:
     """One token, latents 0 and 1 of an identity SAE: (0.8 − 0.5)·2 and (0.8 − 0)·3."""
     sae = LinearDictionary(torch.eye(3), torch.zeros(3), torch.eye(3), torch.zeros(3), ReLU(), Provenance("", "", 8, True))
     slope = Slope(torch.tensor([[0.5, 0.0, 0.9]]), torch.tensor([[2.0, 3.0, 4.0]]))
-    made = balance(sae, [slope], [slope, slope], [0, 1, 2], Levels(np.ones(3), np.full(3, 0.8)))
+    made = balance(sae, Slopes([slope], [slope, slope], [slope, slope]), [0, 1, 2], Levels(np.ones(3), np.full(3, 0.8)))
     assert made.gain == pytest.approx(np.array([[0.6, 2.4, 0.0]]))
     assert made.harm == pytest.approx(np.repeat(made.gain, 2, axis=0))
+    assert made.word == pytest.approx(made.harm / 2)
     assert made.fires.toarray().tolist() == [[1, 0, 1]]
 
 

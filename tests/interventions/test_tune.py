@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from features.balance import drawn_slopes
+from features.balance import Slopes, drawn_slopes, word_slopes
 from features.carried import Levels, decision_slopes
 from features.codes import dictionary_digest
 from interventions.audit import logits_after
@@ -37,8 +38,9 @@ def bench() -> Bench:
              ("mill", "inn", "hut", "ford", "quay", "barn", "farm", "lock")]
     return Bench(made.subject, made.dictionary, made.site,
                  {"subject": made.subject.digest, "sae": dictionary_digest(made.dictionary), "site": made.site.name},
-                 KNOWN, decision_slopes(made.subject, made.site, [pair.negative for pair in made.pairs[:4]]),
-                 drawn_slopes(made.subject, made.site, texts, 1),
+                 KNOWN, Slopes(decision_slopes(made.subject, made.site, [pair.negative for pair in made.pairs[:4]]),
+                               drawn_slopes(made.subject, made.site, texts, 1),
+                               word_slopes(made.subject, made.site, texts, torch.tensor([5]))),
                  [question(made.subject, pair.negative) for pair in made.pairs[:4]], texts,
                  logits_after(made.subject, texts))
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 
-from features.balance import drawn_slopes
+from features.balance import Slopes, drawn_slopes, word_slopes
 from features.carried import Levels, attribution_of, decision_slopes, levels, lexical_direction
 from features.codes import dictionary_digest
 from features.concepts import Concept, KeeperSource
@@ -47,7 +47,7 @@ _BATCH = 50
 _LEVEL = 0.01
 _ALIKE = 60  # latents among which matched random sets are drawn, for each one chosen
 _LEXICAL_FEATURES, _LEXICAL_TEXTS = 64, 12
-_SEARCHED = 4  # texts of the search, as a multiple of those on which hazard is measured
+_SEARCHED, _SLOPED = 4, 2  # texts of the search, and of its gradients, as multiples of those on which hazard is measured
 _FACTORS = (0.5, 1.5)
 
 
@@ -188,10 +188,13 @@ def find(setting: Setting, site_name: str) -> Found:
     attribution = attribution_of(dictionary, slopes, known)
     pool = [int(i) for i in np.argsort(-attribution, kind="stable") if attribution[i] > 0]
     texts = [subject.encode(body(setting.world.story(stream, i, QUIET))) for i in range(_SEARCHED * spec.texts)]
-    drawn = drawn_slopes(subject, site, texts[: 2 * spec.texts], derive_seed(spec.seed, "drawn"))
+    few = texts[: _SLOPED * spec.texts]
+    tokens = word_tokens(subject, setting.concept.lexicon.only(languages=LANGUAGES))
+    gradients = Slopes(slopes, drawn_slopes(subject, site, few, derive_seed(spec.seed, "drawn")),
+                       word_slopes(subject, site, few, tokens))
     place = {"subject": subject.digest, "sae": dictionary_digest(dictionary), "site": site.name}
     questions = [question(subject, pair.negative) for pair in setting.concept.pairs("development", spec.development)]
-    bench = Bench(subject, dictionary, site, place, known, slopes, drawn, questions, texts, logits_after(subject, texts))
+    bench = Bench(subject, dictionary, site, place, known, gradients, questions, texts, logits_after(subject, texts))
     trials = choose(bench, pool, ACTS, TuneSpec(), setting.progress)
     if trials:
         trials[-1:] = [*response(bench, trials[-1], ACTS, _FACTORS), trials[-1]]
