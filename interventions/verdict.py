@@ -63,6 +63,7 @@ class Evidence:
         random_effects: the same measure, one figure for each matched random set.
         hazard_ratio_upper: upper bound of hazard of L4 over that of the base, guard off, ≥ 0; may be infinite.
         word_docs: documents of L4, sampled with the guard off, in which a T0 form stands.
+        word_docs_base: the same of the untouched subject from the same seeds, where it was counted; said, never weighed.
         kl_mean, kl_p99: KL(base‖L4) on neutral text, nats a token.
         nameability: bits of mutual information between each arm and the answer to a forced list of state names (L4, sham
             and at least one of L2 and lexical), where it was measured. An arm is nameable if it has over MAX_EXTRA_BITS
@@ -80,6 +81,7 @@ class Evidence:
     random_effects: tuple[float, ...] = ()
     hazard_ratio_upper: float | None = None
     word_docs: int | None = None
+    word_docs_base: int | None = None
     kl_mean: float | None = None
     kl_p99: float | None = None
     nameability: Mapping[str, float] | None = None
@@ -175,7 +177,8 @@ def _said(evidence: Evidence) -> list[str]:
         ("KL mean", evidence.kl_mean, MAX_KL_MEAN), ("KL p99", evidence.kl_p99, MAX_KL_P99))
         if value is not None and value > limit]
     if evidence.word_docs:
-        found.append(f"the word stands in {evidence.word_docs} documents")
+        found.append(f"the word stands in {evidence.word_docs} documents"
+                     + ("" if evidence.word_docs_base is None else f" ({evidence.word_docs_base} of the untouched subject)"))
     if bits and _nameable(bits, "L4"):
         found.append(f"L4 is nameable ({_bits(bits, 'L4')})")
     if evidence.unsaid_ratio is not None and evidence.unsaid_ratio < MIN_UNSAID_RATIO:

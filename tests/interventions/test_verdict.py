@@ -39,7 +39,9 @@ ROW_3: list[tuple[dict[str, Any], str]] = [
     ({"random_effects": (0.0,) * 20 + (0.8,)}, "largest of 21 matched random sets, 0.8")]
 ROW_4: list[tuple[dict[str, Any], str]] = [
     ({"hazard_ratio_upper": 1.2501}, "hazard ratio, 1.25 is above 1.25"), ({"hazard_ratio_upper": math.inf}, "inf is above"),
-    ({"word_docs": 1}, "the word stands in 1 documents"), ({"kl_mean": 0.0101}, "KL mean 0.0101 is above 0.01"),
+    ({"word_docs": 1}, "the word stands in 1 documents"),
+    ({"word_docs": 1, "word_docs_base": 2}, "the word stands in 1 documents (2 of the untouched subject)"),
+    ({"kl_mean": 0.0101}, "KL mean 0.0101 is above 0.01"),
     ({"kl_p99": 0.11}, "KL p99 0.11 is above 0.1"), ({"nameability": BITS | {"L4": 0.06}}, "L4 is nameable"),
     ({"unsaid_ratio": 0.49}, "unsaid ratio 0.49 is below 0.5")]
 ROWS_OF_TESTS = (ROW_1, ROW_2, ROW_3, ROW_4)

@@ -25,6 +25,7 @@ from undertow.studies.demo import (
     COSTLY_ACT,
     LANGUAGES,
     RELATIVE,
+    SAMENESS,
     TOLERANCE,
     Measured,
     Setting,
@@ -82,7 +83,7 @@ def run_arms(setting: Setting, bench: Bench, chosen: Trial) -> Arms:
     """Measure all arms. Stories are sampled for SAMPLED, the others are scored."""
     subject, spec, world = setting.subject, setting.spec, setting.world
     told = scenes(world, cast(Contrast, contrast_of(setting.concept)), derive_seed(spec.seed, "arms"), spec.stories,
-                  max(spec.scored, 4 * spec.texts))
+                  max(spec.scored, SAMENESS * spec.texts))
     trie = spellings(subject, setting.concept.lexicon.only(languages=LANGUAGES))
     l4 = floors(bench, chosen, name="L4")
     before = Recipe.checked(l4.model_dump() | {"name": "L4-before", "window": "before_decision"}, "L4-before")
@@ -138,7 +139,7 @@ def _audits(setting: Setting, trie: TokenTrie, told: Scenes, recipes: Mapping[st
 
 
 def _kl(setting: Setting, told: Scenes, recipes: Mapping[str, Recipe]) -> dict[str, Float[np.ndarray, "token"]]:
-    rows = [setting.subject.encode(body(story)) for story in told.plain[: 4 * setting.spec.texts]]
+    rows = [setting.subject.encode(body(story)) for story in told.plain[: SAMENESS * setting.spec.texts]]
     untouched = logits_after(setting.subject, rows)
     made = {}
     for arm in AUDITED:
@@ -173,6 +174,7 @@ def evidence(setting: Setting, arms: Arms, competence: Mapping[str, Any]) -> tup
         lexical_hazard_ratio=ratios["lexical"].value, effect=Interval(whole.value, whole.low, whole.high),
         random_effects=random,
         hazard_ratio_upper=ratios["L4"].high, word_docs=words["L4"].word_docs,
+        word_docs_base=words["stranger"].word_docs,
         kl_mean=float(kl.mean()), kl_p99=float(np.quantile(kl, 0.99)))
     social = _d(measured["L4"].answers) - _d(measured["stranger"].answers)
     delta = mean(social, seed, "social").value - mean(arms.twins, seed, "twins").value

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
+from scipy.optimize import nnls
 
 from features.balance import Slopes, drawn_slopes, word_slopes
 from features.carried import Levels, attribution_of, decision_slopes, levels, lexical_direction
@@ -47,7 +48,7 @@ _BATCH = 50
 _LEVEL = 0.01
 _ALIKE = 60  # latents among which matched random sets are drawn, for each one chosen
 _LEXICAL_FEATURES, _LEXICAL_TEXTS = 64, 12
-_SEARCHED, _SLOPED = 4, 2  # texts of the search, and of its gradients, as multiples of those on which hazard is measured
+SAMENESS, _SLOPED = 6, 2  # texts on which KL is measured, and of the search's gradients, per text on which hazard is
 _FACTORS = (0.5, 1.5)
 
 
@@ -61,8 +62,8 @@ class DemoSpec(Spec):
         stories: fresh stories of every arm that is sampled.
         scored: fresh stories of every arm that is only scored.
         discovery, development: pairs.
-        texts: bodies of stories on which hazard is measured; sameness is measured on four times as many, in the search and
-            again on others.
+        texts: bodies of stories on which hazard is measured; KL is measured on SAMENESS times as many, in the search and again
+            on others.
         random_sets: matched random feature sets.
         force: go on although the pairs are lexical; recorded.
     """
@@ -187,8 +188,8 @@ def find(setting: Setting, site_name: str) -> Found:
                              lambda done, total: setting.progress("attribute", done, total))
     attribution = attribution_of(dictionary, slopes, known)
     pool = [int(i) for i in np.argsort(-attribution, kind="stable") if attribution[i] > 0]
-    texts = [subject.encode(body(setting.world.story(stream, i, QUIET))) for i in range(_SEARCHED * spec.texts)]
-    few = texts[: _SLOPED * spec.texts]
+    bodies = [subject.encode(body(setting.world.story(stream, i, QUIET))) for i in range((SAMENESS + _SLOPED) * spec.texts)]
+    texts, few = bodies[: SAMENESS * spec.texts], bodies[SAMENESS * spec.texts:]  # a dose is limited by other texts
     tokens = word_tokens(subject, setting.concept.lexicon.only(languages=LANGUAGES))
     gradients = Slopes(slopes, drawn_slopes(subject, site, few, derive_seed(spec.seed, "drawn")),
                        word_slopes(subject, site, few, tokens))
@@ -218,15 +219,19 @@ def random_sets(chosen: Trial, known: Levels, n: int, seed: int) -> list[tuple[i
 
 
 def lexical_recipe(setting: Setting, bench: Bench, size: float) -> Recipe:
-    """The features of the word: those that point most along the direction which raises it, on floors in proportion to that.
+    """The features of the word: floors whose sum points along the direction that raises it as nearly as floors can.
 
-    `size` is the length of what L4 adds where its features are silent; the floors add as much together.
+    Non-negative least squares over the _LEXICAL_FEATURES latents that are most aligned with it. `size` is the length of what
+    L4 adds where its features are silent; these floors add as much together.
     """
     tokens = word_tokens(setting.subject, setting.concept.lexicon.only(languages=LANGUAGES))
     raises = lexical_direction(setting.subject, bench.site, bench.texts[:_LEXICAL_TEXTS], tokens).cpu()
     directions = bench.dictionary.directions(torch.arange(bench.dictionary.d_sae)).float().cpu()
     alignment = directions @ raises / directions.norm(dim=-1).clamp_min(1e-12)
-    weights, latents = alignment.topk(min(_LEXICAL_FEATURES, len(alignment)))
+    near = alignment.topk(min(_LEXICAL_FEATURES, len(alignment))).indices
+    weights, _ = nnls(directions[near].T.double().numpy(), raises.double().numpy())
+    chosen = np.flatnonzero(weights)
+    latents, weights = near[chosen], torch.from_numpy(weights[chosen]).float()
     values = weights * size / (weights @ directions[latents]).norm()
     edits = [{"latent": latent, "operator": {"kind": "floor", "value": value}}
              for latent, value in zip(latents.tolist(), values.tolist(), strict=True)]
