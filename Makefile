@@ -3,7 +3,7 @@ BIN := .venv/bin
 REAL := runs/demo-real
 DEMO := runs/demo
 
-.PHONY: demo demo-real demo-hearth test test-slow check bench clean
+.PHONY: demo demo-real demo-hearth test test-slow check bench screenshots clean
 
 demo: demo-real demo-hearth
 
@@ -44,6 +44,11 @@ check: .venv/stamp
 bench: .venv/stamp
 	$(BIN)/undertow bench harvest
 	$(BIN)/undertow bench sae
+	$(BIN)/undertow bench dashboard
+
+# The pictures of docs/dashboard.md. Needs a finished demo under runs/, another SAE there to compare with, and Chromium.
+screenshots: .venv/stamp
+	$(BIN)/python benchmarks/screenshots.py runs docs/screenshots
 
 .venv/stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || python3 -m venv .venv

@@ -19,6 +19,7 @@ from dashboards.prompting import Reader
 from dashboards.recipes import RecipeShelf
 from dashboards.rendering import environment
 from dashboards.runs import RunShelf
+from dashboards.saes import SaeShelf
 from dashboards.store import FeatureStore
 from dashboards.surgeon import Surgeon
 from undertow.core.errors import SpecError
@@ -39,6 +40,7 @@ class Dashboard:
         runs: finished runs with their verdicts.
         where: the folder that was looked through, in words.
         evidence: what searches found of the features.
+        saes: the SAEs that can be compared.
         templates: the pages' templates.
     """
 
@@ -49,6 +51,7 @@ class Dashboard:
     runs: RunShelf
     where: str
     evidence: EvidenceShelf = field(default_factory=lambda: EvidenceShelf(None))
+    saes: SaeShelf = field(default_factory=lambda: SaeShelf(None))
     templates: Environment = field(default_factory=environment)
 
     @property

@@ -7,6 +7,7 @@ and is laid beside the store's columns when a page asks for it.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -49,6 +50,8 @@ MEASURES = {
     "rank": "rank by first-order effect", "rate": "share of decisions at which it fires",
     "typical_activation": "typical activation at a decision", "floor": "floor that it was held at",
 }
+_TITLES = {"effect": "Effect", "p": "p", "effect_on_d": "On D", "attribution": "Attribution",
+           "act_writer_share": "Writer share", "naming_p": "Naming p"}
 _ORDER = (SET, DEMO, TABLE)
 _COMMANDS = {SET: "features select", DEMO: "demo", TABLE: "features scan"}
 
@@ -81,6 +84,18 @@ class Evidence:
         """The search in words."""
         return f"{self.key}: {_COMMANDS[self.kind]}{f', {self.concept}' if self.concept else ''}"
 
+    @property
+    def shown(self) -> list[tuple[str, str, str]]:
+        """Its columns in the table: name, title and meaning; the first-order effect only where there is no exact one."""
+        exact = "effect_on_d" in self.columns
+        return [(name, title, MEASURES[name]) for name, title in _TITLES.items()
+                if name in self.columns and not (exact and name == "attribution")]
+
+    @property
+    def sorts(self) -> list[tuple[str, str]]:
+        """What the table can be sorted by because of it: name and words."""
+        return [("chosen", "selected"), *((name, title.lower()) for name, title, _ in self.shown)]
+
     def rank(self, latent: int) -> int | None:
         """Place of a feature among the chosen, from 1; None if it was not."""
         return self.chosen.index(latent) + 1 if latent in self.chosen else None
@@ -106,6 +121,11 @@ class Findings(NamedTuple):
 
     found: dict[str, Evidence]
     trouble: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """To choose from: name in addresses, and title."""
+        return [("", "the first"), *((key, one.title) for key, one in self.found.items())]
 
     def named(self, key: str) -> Evidence | None:
         """The search of that name; of "" the first, if there is one. Raises SpecError if there is none of that name."""
@@ -160,7 +180,8 @@ def read_evidence(path: Path, store: FeatureStore) -> Evidence:
 
 def search_command(store: FeatureStore) -> str:
     """The command that looks for features of this SAE that carry a concept."""
-    return f"undertow features select {store.record['spec']['sae']} --concept care --out runs/{slug(store.name)}-care"
+    return shlex.join(["undertow", "features", "select", store.record["spec"]["sae"], "--concept", "care", "--out",
+                       f"runs/{slug(store.title)}-care"])
 
 
 def joined(found: Iterable[Evidence]) -> list[Evidence]:

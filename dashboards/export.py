@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Int64
 from markupsafe import Markup
 from numpy import ndarray
@@ -21,7 +22,9 @@ from dashboards.feature_page import Display, feature_page
 from dashboards.layout import HEAT, N_INTERVALS
 from dashboards.notes import Marks, Notes
 from dashboards.rendering import STATIC, environment
+from dashboards.saes import open_sae
 from dashboards.store import FeatureStore
+from features.cards import feature_id
 from features.ranking import AFTER, BEFORE
 from undertow.core.errors import SpecError
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 NEURONPEDIA_BATCH = 128
 SOURCE_SET = "undertow-res"
+MOST_CHANNELS, MOST_STRENGTH = 24_576, 100.0
+"""Limits of its vectors: their length, and the size of their default strength."""
 MOST_PAGES = 500
 """Features in one HTML file, at most: about 40 kB each."""
 _DIGITS = 5
@@ -130,6 +135,30 @@ def neuronpedia(store: FeatureStore, marks: Marks, latents: Sequence[int], sourc
     batches = tuple({**head, "features": [_upload(store, marks, latent) for latent in live[at:at + NEURONPEDIA_BATCH]]}
                     for at in range(0, len(live), NEURONPEDIA_BATCH))
     return Upload(batches, tuple(latent for latent in latents if store.columns["count"][latent] == 0))
+
+
+def neuronpedia_vectors(store: FeatureStore, marks: Marks, latents: Sequence[int]) -> list[dict[str, Any]]:
+    """Directions of features as Neuronpedia's steering vectors: one body of its route for new vectors each.
+
+    A vector is what one unit of the feature writes, so that the default strength is the feature's largest activation.
+
+    Raises:
+        SpecError: no feature, too many, or a site other than the residual stream before or after a block.
+        DictionaryError: an unknown feature, or the SAE is no longer the one the store was built from.
+    """
+    if not 0 < len(latents) <= NEURONPEDIA_BATCH:
+        raise SpecError(f"{len(latents):,} features; vectors are written of 1 to {NEURONPEDIA_BATCH}", "name some: 1,2,3")
+    site = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post)", str(store.record["site"]))
+    if site is None or store.record["d_in"] > MOST_CHANNELS:
+        raise SpecError(f"{store.record['site']} with {store.record['d_in']:,} channels: Neuronpedia takes vectors of "
+                        f"resid_pre and resid_post, of at most {MOST_CHANNELS:,} channels",
+                        "the upload of features works for this one")
+    rows = open_sae(store).directions(torch.tensor([store.known(latent) for latent in latents])).double()
+    return [{"modelId": model_id(store), "layerNumber": int(site[1]), "hookType": site[2].replace("_", "-"),
+             "vector": [round(value, _DIGITS) for value in row.tolist()],
+             "vectorDefaultSteerStrength": round(min(float(store.columns["maximum"][latent]), MOST_STRENGTH), 2),
+             "vectorLabel": marks.labels.get(latent) or feature_id(store.name, latent)}
+            for latent, row in zip(latents, rows, strict=True)]
 
 
 def _upload(store: FeatureStore, marks: Marks, latent: int) -> dict[str, Any]:

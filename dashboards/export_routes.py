@@ -19,6 +19,7 @@ from dashboards.export import (
     html_page,
     known_latents,
     neuronpedia,
+    neuronpedia_vectors,
     parquet_bytes,
     table_of,
 )
@@ -32,7 +33,8 @@ def routes() -> list[Route]:
     """The routes of the exports."""
     export = "/s/{store}/export"
     return [Route(f"{export}/features.csv", _csv), Route(f"{export}/features.parquet", _parquet),
-            Route(f"{export}/features.html", _html), Route(f"{export}/neuronpedia.json", _neuronpedia)]
+            Route(f"{export}/features.html", _html), Route(f"{export}/neuronpedia.json", _neuronpedia),
+            Route(f"{export}/neuronpedia-vectors.json", _vectors)]
 
 
 def _csv(request: Request) -> Response:
@@ -57,6 +59,13 @@ def _neuronpedia(request: Request) -> Response:
         raise SpecError("none of these features ever fired, and Neuronpedia takes only features with an activation",
                         "choose others")
     return keep(json.dumps(made.batches[0], ensure_ascii=False), f"{slug(store.name)}-neuronpedia.json", "application/json")
+
+
+def _vectors(request: Request) -> Response:
+    store = store_of(request)
+    latents = known_latents(store, request.query_params.get("latents", ""), NEURONPEDIA_BATCH)
+    made = neuronpedia_vectors(store, dashboard_of(request).notes.marks(store.dictionary), latents)
+    return keep(json.dumps(made, ensure_ascii=False), f"{slug(store.name)}-neuronpedia-vectors.json", "application/json")
 
 
 def _filtered(request: Request) -> tuple[FeatureStore, Marks, Int64[ndarray, "n"], Evidence | None]:

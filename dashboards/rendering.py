@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -15,12 +16,16 @@ DATA = Path(__file__).parent / "data"
 STATIC, TEMPLATES = DATA / "static", DATA / "templates"
 
 
+@cache
 def environment() -> Environment:
-    """The templates, with autoescape on and undefined names refused."""
+    """The templates, with autoescape on and undefined names refused; compiled once, so that no first page waits for it."""
     made = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
                        trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"percent": percent, "figure": figure, "value": value_of, "visible": visible}
+    made.filters |= {"percent": percent, "figure": figure, "value": value_of, "visible": visible,
+                     "pair": lambda value, name: (name, value)}
     made.globals |= {"link": link, "link_pairs": link_pairs}
+    for name in made.list_templates():
+        made.get_template(name)
     return made
 
 

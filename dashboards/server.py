@@ -15,15 +15,16 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from dashboards import export_routes, run_routes, surgery_routes
+from dashboards import compare_routes, export_routes, run_routes, surgery_routes
 from dashboards.answering import Dashboard, dashboard_of, evidence_of, json_body, respond, store_of
-from dashboards.evidence import MEASURES, search_command
+from dashboards.evidence import search_command
 from dashboards.feature_page import Display, feature_page, to_json
 from dashboards.finding import advice
 from dashboards.guard import Access, Guard
 from dashboards.notes import MAX_LABEL, MAX_NOTE
 from dashboards.prompting import MAX_PROMPT, Ask, BusyError, prompt_page
 from dashboards.rendering import STATIC, link
+from dashboards.runs import ICONS
 from dashboards.store import build_command
 from dashboards.table import Query, select
 from dashboards.table_page import table_page
@@ -59,7 +60,7 @@ def create_app(dashboard: Dashboard, access: Access) -> Guard:
         Route(feature, _feature), Route(f"{feature}.json", _feature_json),
         Route(f"{feature}/label", _label, methods=["POST"]), Route(f"{feature}/note", _note, methods=["POST"]),
         Route(f"{feature}/star", _star, methods=["POST"]),
-        *surgery_routes.routes(), *run_routes.routes(), *export_routes.routes(),
+        *surgery_routes.routes(), *run_routes.routes(), *compare_routes.routes(), *export_routes.routes(),
         Mount("/static", StaticFiles(directory=STATIC), name="static"),
     ]
     app = Starlette(routes=routes, exception_handlers={UserError: _user_error, HTTPException: _http_error, Exception: _bug})
@@ -68,9 +69,10 @@ def create_app(dashboard: Dashboard, access: Access) -> Guard:
 
 
 def _home(request: Request) -> Response:
-    found = dashboard_of(request).collection
-    return respond(request, "home.html", collection=found, where=dashboard_of(request).where,
-                   advice=[advice(sae) for sae in found.bare])
+    dashboard = dashboard_of(request)
+    found = dashboard.collection
+    return respond(request, "home.html", collection=found, where=dashboard.where, advice=[advice(sae) for sae in found.bare],
+                   runs=dashboard.runs.list().found, icons=ICONS)
 
 
 def _health(request: Request) -> Response:
@@ -90,7 +92,7 @@ def _features(request: Request) -> Response:
     chosen = searches.named(query.sought.evidence)
     page = table_page(store, dashboard.notes.marks(store.dictionary), query, chosen)
     return respond(request, "features.html", query=query, typed=query.words(), page=page, words=query.params(page=query.page),
-                   searches=searches, evidence=chosen, measures=MEASURES, search=search_command(store))
+                   searches=searches, evidence=chosen, search=search_command(store))
 
 
 def _feature(request: Request) -> Response:

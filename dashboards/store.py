@@ -72,6 +72,11 @@ class FeatureStore:
         return str(self.record["name"])
 
     @property
+    def title(self) -> str:
+        """How the SAE is called where its folder or packaged name says more than the digest in `name`."""
+        return title_of(str(self.record["spec"]["sae"]))
+
+    @property
     def dictionary(self) -> str:
         """Digest of the SAE; labels, notes and stars are kept under it."""
         return str(self.record["dictionary"])
@@ -125,6 +130,11 @@ def open_feature_store(path: Path) -> FeatureStore:
 
 def _mapped(path: Path) -> ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def title_of(source: str) -> str:
+    """The last part of an SAE's folder, or its packaged name."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def slug(name: str) -> str:

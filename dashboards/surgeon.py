@@ -141,15 +141,18 @@ class Slot:
         self._pool = ThreadPoolExecutor(1, "surgery")
         self._lock = threading.Lock()
         self._last: Running | None = None
+        self._page = ""
 
-    def start(self, begin: Begin, put: Callable[[Event | None], None]) -> Running:
-        """Begin an operation in the worker thread.
+    def start(self, begin: Begin, put: Callable[[Event | None], None], page: str = "") -> Running:
+        """Begin an operation in the worker thread. It replaces one of the same `page` ("" is none).
 
-        Raises SlotTakenError if another one is under way; one that was asked to stop is waited for.
+        Raises SlotTakenError if another page's is under way; one that was asked to stop is waited for.
         """
         with self._lock:
+            if self._last is not None and page and page == self._page:
+                self._last.stop()
             if self._last is not None and not self._last.over(STOPPING_S if self._last.stopping else 0.0):
                 raise SlotTakenError("another operation is under way, and there is room for one",
                                      "press Cancel there, or wait until it is done, then press Operate again")
-            self._last = Running(self._pool, begin, put)
+            self._last, self._page = Running(self._pool, begin, put), page
             return self._last

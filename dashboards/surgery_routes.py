@@ -8,6 +8,7 @@ import logging
 from typing import Any, final
 
 import anyio
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
@@ -31,9 +32,13 @@ _NDJSON = b"application/x-ndjson"
 
 
 class _Asked(Spec):
-    """Body of a request to operate or to save: the words of the page's address."""
+    """Body of a request to operate or to save: the words of the page's address, and a word that the open page drew for itself.
+
+    A page that operates again means to replace its own operation, which may not have been seen to be cancelled yet.
+    """
 
     query: str
+    page: str = Field(default="", max_length=100)
 
 
 def routes() -> list[Route]:
@@ -96,16 +101,16 @@ def _download(request: Request) -> Response:
 
 async def _save(request: Request) -> Response:
     store, dashboard = store_of(request), dashboard_of(request)
-    operation = await _asked(request)
+    operation = (await _asked(request))[0]
     recipe = operation.recipe(store)
     path = await run_in_threadpool(dashboard.recipes.save, recipe)
     return JSONResponse({"path": str(path), "file": path.name, "digest": recipe.digest()})
 
 
 async def _run(request: Request) -> _Stream:
-    """Operate, and stream what happens: one JSON object a line. Refused with 409 while another operation is under way."""
+    """Operate, and stream what happens: one JSON object a line. Refused with 409 while another page's operation runs."""
     store, surgeon = store_of(request), dashboard_of(request).surgeon
-    operation = await _asked(request)
+    operation, page = await _asked(request)
     operation.recipe(store)  # what can be refused at once is
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
 
@@ -113,13 +118,14 @@ async def _run(request: Request) -> _Stream:
         if not loop.is_closed():
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-    running = await run_in_threadpool(surgeon.slot.start, lambda stopped: surgeon.events(store, operation, stopped), put)
+    running = await run_in_threadpool(surgeon.slot.start, lambda stopped: surgeon.events(store, operation, stopped), put,
+                                      page)
     return _Stream(queue, running)
 
 
-async def _asked(request: Request) -> Operation:
+async def _asked(request: Request) -> tuple[Operation, str]:
     body = _Asked.checked(await json_body(request.stream()), "the request")
-    return Operation.read(QueryParams(body.query))
+    return Operation.read(QueryParams(body.query)), body.page
 
 
 @final

@@ -20,6 +20,7 @@ from dashboards.models import Models, Opener
 from dashboards.notes import Notes
 from dashboards.prompting import WAIT_S, Reader
 from dashboards.runs import RunShelf
+from dashboards.saes import SaeShelf
 from dashboards.server import create_app
 from dashboards.store import FeatureStore, open_feature_store
 from dashboards.surgeon import Surgeon
@@ -27,7 +28,7 @@ from features.cards import Lens
 from features.searching import Query
 from sae.dictionary import LinearDictionary, Provenance, TopK
 from sae.formats import save_folder
-from sae.harvesting import harvest
+from sae.harvesting import StoreSpec, harvest
 from sae.plan import open_held_out
 from sae.store import ActivationStore
 from sae.text import TextSpec
@@ -75,7 +76,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     dictionary = LinearDictionary(rows.T.contiguous(), bias, rows, torch.zeros(tiny.D_MODEL), TopK(K), provenance)
     save_folder(dictionary, folder / "sae")
     corpus = open_held_out(provenance, subject, None, None, False)
-    activations = harvest(subject, subject.site(SITE), corpus, 2000, folder / "cache", dtype="float32")
+    activations = harvest(subject, subject.site(SITE), corpus, 2000, folder / "cache", form=StoreSpec(dtype="float32"))
     lens = Lens(subject.tokenizer, final_norm_and_unembed(subject))
     source = Source(str(folder / "sae"), "toy/1", dictionary, lens, activations, 3)
     build_store(source, folder / "store", folder / "cache")
@@ -93,7 +94,7 @@ def dashboard_of(made: Made, notes: Path, opener: Opener | None = None, runs: Pa
     query = query_of(made)
     models = Models(opener or (lambda record: query))
     return Dashboard(Collection(named([made.store])), Notes(notes), Reader(models, wait_s),
-                     Surgeon(models, LEXICON), RunShelf(runs), "here", EvidenceShelf(runs))
+                     Surgeon(models, LEXICON), RunShelf(runs), "here", EvidenceShelf(runs), SaeShelf(runs))
 
 
 @pytest.fixture

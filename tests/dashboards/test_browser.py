@@ -21,6 +21,7 @@ import uvicorn
 from dashboards.guard import access_for
 from dashboards.server import create_app
 from tests.dashboards.conftest import Made, dashboard_of
+from tests.dashboards.test_compare import CARD, OTHER, write_sae
 from tests.dashboards.test_runs import write_run
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ AXE = os.environ.get("UNDERTOW_AXE")
 S = "/s/toy-1"
 PATHS = ("/", S, f"{S}/features", f"{S}/f/7", f"{S}/f/7?width=row&breaks=on", f"{S}/prompt", f"{S}/prompt?text=The+keeper&f=7",
          f"{S}/surgery", f"{S}/surgery?f=7&op=floor&x=1&f=9&op=ablate&x=1&role=user&text=Hi&ceiling=none", "/runs",
-         "/runs/demo")
+         "/runs/demo", "/compare", "/compare?s=k4", "/compare?s=toy-1&s=k4&s=k8&overlap=yes")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,8 @@ def address(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     port = listening.getsockname()[1]
     runs = tmp_path_factory.mktemp("runs")
     write_run(made, runs / "demo")
+    for name, card in (("k4", CARD), ("k8", OTHER)):
+        write_sae(made, runs / name, card)
     notes = tmp_path_factory.mktemp("notes") / "notes.sqlite"
     app = create_app(dashboard_of(made, notes, runs=runs), access_for("127.0.0.1", port, ""))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
@@ -275,6 +278,25 @@ def test_the_way_to_a_verdict(page: Page) -> None:
     page.get_by_role("link", name="Open in the operating table").click()
     page.wait_for_url("**/surgery?f=7&op=floor**")
     assert page.locator("#prompt").input_value() == "The keeper"
+
+
+def test_two_saes_side_by_side_by_keyboard(page: Page) -> None:
+    page.goto(f"{S}/features")
+    page.keyboard.press("m")
+    page.wait_for_url("**/compare")
+    for name in ("k4", "k8"):
+        while page.evaluate("document.activeElement.value") != name:
+            page.keyboard.press("j")
+        page.keyboard.press("Space")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/compare?s=k4&s=k8")
+    assert page.locator("td.worse .cue").first.inner_text().startswith("▼ worse")
+    page.get_by_role("link", name="Measure the overlap").click()
+    page.wait_for_url("**overlap=yes")
+    assert "matched" in page.locator("#overlap-title ~ div").inner_text()
+    page.get_by_role("link", name="compare with this one").click()
+    page.wait_for_url("**/compare?s=k8&s=k4")
+    assert page.locator("td.better .cue").first.inner_text().startswith("▲ better")
 
 
 def test_a_refused_operation_is_said(page: Page) -> None:

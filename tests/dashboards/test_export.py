@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -18,7 +19,15 @@ import pytest
 from starlette.testclient import TestClient
 
 from dashboards.answering import Dashboard
-from dashboards.export import MOST_PAGES, NEURONPEDIA_BATCH, html_page, known_latents, neuronpedia, source_id
+from dashboards.export import (
+    MOST_PAGES,
+    NEURONPEDIA_BATCH,
+    html_page,
+    known_latents,
+    neuronpedia,
+    neuronpedia_vectors,
+    source_id,
+)
 from dashboards.guard import HEADER
 from dashboards.notes import Marks
 from tests.cli.answers import Run, runner
@@ -119,6 +128,28 @@ def test_neuronpedia(made: Made) -> None:
     json.dumps(batch, allow_nan=False)
 
 
+def test_neuronpedia_vectors(made: Made, client: TestClient) -> None:
+    """The very directions of the SAE, under the words that its route for new vectors takes."""
+    bodies = neuronpedia_vectors(made.store, Marks({7: "lamps"}, frozenset()), [7, 9])
+    assert {name for body in bodies for name in body} == {"modelId", "layerNumber", "hookType", "vector",
+                                                          "vectorDefaultSteerStrength", "vectorLabel"}
+    for body, latent in zip(bodies, (7, 9), strict=True):
+        assert body["vector"] == pytest.approx(made.dictionary.W_dec[latent].tolist(), abs=1e-5)
+        assert (body["layerNumber"], body["hookType"]) == (1, "resid-post")
+        assert -100 <= body["vectorDefaultSteerStrength"] <= 100
+        assert body["vectorDefaultSteerStrength"] == pytest.approx(float(made.store.columns["maximum"][latent]), abs=0.01)
+    assert [body["vectorLabel"] for body in bodies] == ["lamps", "toy/1:9"]
+    assert client.get(f"{S}/export/neuronpedia-vectors.json?latents=7,9").json()[0]["vector"] == bodies[0]["vector"]
+    with pytest.raises(SpecError, match="1 to 128"):
+        neuronpedia_vectors(made.store, NOTHING, [])
+    elsewhere = dataclasses.replace(made.store, record={**made.store.record, "site": "blocks.1.hook_mlp_out"})
+    with pytest.raises(SpecError, match="resid_pre and resid_post"):
+        neuronpedia_vectors(elsewhere, NOTHING, [7])
+    changed = dataclasses.replace(made.store, record={**made.store.record, "dictionary": "0" * 16})
+    with pytest.raises(DictionaryError, match="is now"):
+        neuronpedia_vectors(changed, NOTHING, [7])
+
+
 def test_batches_are_small_enough(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     assert NEURONPEDIA_BATCH == 128
     monkeypatch.setattr("dashboards.export.NEURONPEDIA_BATCH", 10)
@@ -145,7 +176,7 @@ def test_refusals(client: TestClient, made: Made) -> None:
         assert f"{S}/export/{name}?state=live" in page
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet", "html", "neuronpedia"])
+@pytest.mark.parametrize("kind", ["csv", "parquet", "html", "neuronpedia", "neuronpedia-vectors"])
 def test_the_command(made: Made, run: Run, tmp_path: Path, kind: str, client: TestClient) -> None:
     out = tmp_path / "new" / kind
     answer = run("export", made.folder / "store", "--format", kind, "--latents", "7,9", "--out", out, "--json")
@@ -155,6 +186,8 @@ def test_the_command(made: Made, run: Run, tmp_path: Path, kind: str, client: Te
     assert sum(map(len, written.values())) == answer.json["bytes"]
     if kind == "html":
         assert written[kind].decode() == client.get(f"{S}/export/features.html?latents=7,9").text
+    elif kind == "neuronpedia-vectors":
+        assert len(json.loads(written[kind])) == 2
     elif kind == "neuronpedia":
         assert [feature["index"] for feature in json.loads(written["batch-0.json"])["features"]] == [7, 9]
     elif kind == "csv":
@@ -164,7 +197,8 @@ def test_the_command(made: Made, run: Run, tmp_path: Path, kind: str, client: Te
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--format", "xlsx"], "choose csv, parquet, html or neuronpedia"), (["--format", "html"], "--latents 1,2,3"),
+    (["--format", "xlsx"], "choose csv, parquet, html, neuronpedia or neuronpedia-vectors"),
+    (["--format", "html"], "--latents 1,2,3"), (["--format", "neuronpedia-vectors"], "1 to 128"),
     (["--latents", "48"], "no feature 48"), (["--latents", "a"], "'a' is no feature's number"),
 ])
 def test_what_the_command_refuses(made: Made, run: Run, tmp_path: Path, words: list[str], message: str) -> None:

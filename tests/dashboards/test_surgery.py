@@ -346,6 +346,29 @@ def test_a_slot_holds_one_operation() -> None:
     assert again.over(20) and again.failure() is None
 
 
+def test_a_page_replaces_its_own_operation_and_no_other(made: Made, tmp_path: Path) -> None:
+    """It need not have been seen to be cancelled: that news may come after the next request."""
+    dashboard = dashboard_of(made, tmp_path / "n")
+    long = [*FLOOR[:4], ("tokens", "240"), ("temperature", "2")]
+
+    def ask(page: str, *pairs: tuple[str, str]) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        connection = http.client.HTTPConnection(*where, timeout=60)
+        body = json.dumps({**words(*pairs), "page": page})
+        connection.request("POST", f"{S}/run", body, {HEADER: "1", "Content-Type": "application/json"})
+        return connection, connection.getresponse()
+
+    with serving(dashboard) as where:
+        first, answer = ask("a", *long)
+        assert [json.loads(answer.readline())["kind"] for _ in range(2)] == ["opening", "prompt"]
+        other, refused = ask("b", *FLOOR)
+        assert refused.status == 409, "another page's is left alone"
+        second, done = ask("a", *FLOOR)
+        assert done.status == 200 and b'"kind": "done"' in done.read()
+        assert b'"kind": "done"' not in answer.read(), "the first one ended half-way"
+        for used in (first, other, second):
+            used.close()
+
+
 @contextmanager
 def serving(dashboard: Dashboard) -> Iterator[tuple[str, int]]:
     """A real server in a thread."""

@@ -95,6 +95,7 @@ def open_(
     from dashboards.notes import Notes, notes_path
     from dashboards.prompting import Reader
     from dashboards.runs import RunShelf
+    from dashboards.saes import SaeShelf
     from dashboards.server import create_app
     from dashboards.surgeon import Surgeon
     from undertow.lexicon.forms import Lexicon
@@ -110,7 +111,8 @@ def open_(
         port = listening.getsockname()[1]
         models = Models(_open_search)
         dashboard = Dashboard(collection, Notes(notes or notes_path()), Reader(models), Surgeon(models, word),
-                              RunShelf(*_searched(where)), where, EvidenceShelf(*_searched(where)))
+                              RunShelf(*_searched(where)), where, EvidenceShelf(*_searched(where)),
+                              SaeShelf(*_searched(where)))
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/{f'?token={token}' if token else ''}"
         if json_:
             emit({"url": url, "stores": list(collection.stores)}, as_json=True)
@@ -206,8 +208,10 @@ def list_(
 def export(
     store: StoreArgument,
     out: Annotated[Path, typer.Option("--out", help="File to write (a folder for neuronpedia); it must not exist.")],
-    format_: Annotated[str, typer.Option("--format", help="csv, parquet, html or neuronpedia.")] = "csv",
-    latents: Annotated[str, typer.Option("--latents", help="Features, e.g. 1,2,3; html needs them, others take all.")] = "",
+    format_: Annotated[str, typer.Option("--format", help="csv, parquet, html, neuronpedia or "
+                                                          "neuronpedia-vectors.")] = "csv",
+    latents: Annotated[str, typer.Option("--latents", help="Features, e.g. 1,2,3; html and vectors need them, others take "
+                                                           "all.")] = "",
     source_set: Annotated[str, typer.Option("--source-set", help="neuronpedia: name of the source set.")] = "undertow-res",
     notes: NotesOption = None,
     json_: JsonOption = False,
@@ -219,8 +223,8 @@ def export(
     from undertow.core.errors import SpecError
     from undertow.core.storage import disk_errors, refuse_existing
 
-    if format_ not in ("csv", "parquet", "html", "neuronpedia"):
-        raise SpecError(f"unknown --format {format_!r}", "choose csv, parquet, html or neuronpedia")
+    if format_ not in ("csv", "parquet", "html", "neuronpedia", "neuronpedia-vectors"):
+        raise SpecError(f"unknown --format {format_!r}", "choose csv, parquet, html, neuronpedia or neuronpedia-vectors")
     refuse_existing(out)
     opened = open_feature_store(store)
     file = notes or notes_path()
@@ -274,18 +278,21 @@ def _exported(store: FeatureStore, chosen: list[int] | None, notes: Notes | None
 
     import numpy as np
 
-    from dashboards.export import csv_bytes, html_page, neuronpedia, parquet_bytes, table_of
+    from dashboards.export import csv_bytes, html_page, neuronpedia, neuronpedia_vectors, parquet_bytes, table_of
     from dashboards.notes import Marks
 
     marks = notes.marks(store.dictionary) if notes else Marks({}, frozenset())
     if kind == "html":
         return {"": html_page(store, chosen or [], notes).encode()}, {"features": len(chosen or [])}
+    if kind == "neuronpedia-vectors":
+        made = neuronpedia_vectors(store, marks, chosen or [])
+        return {"": json.dumps(made, ensure_ascii=False).encode()}, {"features": len(made)}
     every = list(range(store.d_sae)) if chosen is None else chosen
     if kind == "neuronpedia":
-        made = neuronpedia(store, marks, every, source_set)
+        upload = neuronpedia(store, marks, every, source_set)
         files = {f"batch-{number}.json": json.dumps(batch, ensure_ascii=False).encode()
-                 for number, batch in enumerate(made.batches)}
-        return files, {"features": len(every) - len(made.dead), "skipped_dead": len(made.dead), "files": len(files)}
+                 for number, batch in enumerate(upload.batches)}
+        return files, {"features": len(every) - len(upload.dead), "skipped_dead": len(upload.dead), "files": len(files)}
     table = table_of(store, marks, np.array(every, dtype=np.int64))
     return {"": (csv_bytes if kind == "csv" else parquet_bytes)(table)}, {"features": len(every)}
 

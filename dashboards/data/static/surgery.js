@@ -7,6 +7,7 @@ const UNITS = { strengthen: (x) => `× its own activation`, ablate: () => "set t
   cap: (x, unit) => `× its maximum: at most ${figure(x * unit)}`, add: (x, unit) => `× its maximum: ${figure(x * unit)} added` };
 const RANGES = { strengthen: [-1, 5], add: [-2, 2] };
 const DEFAULTS = JSON.parse(form.dataset.defaults);
+const PAGE = crypto.getRandomValues(new Uint32Array(4)).join("-");  // tells this page's own operation from another's
 let running = null;  // the AbortController of the run under way
 let pieces = null;   // both texts in words, once they are whole
 
@@ -66,7 +67,7 @@ async function refusal(answer) {
 }
 
 function send(path, signal) {
-  return fetch(`${location.pathname}/${path}`, { method: "POST", signal, body: JSON.stringify({ query: words() }),
+  return fetch(`${location.pathname}/${path}`, { method: "POST", signal, body: JSON.stringify({ query: words(), page: PAGE }),
     headers: { "Content-Type": "application/json", "X-Undertow": "1" } });
 }
 
