@@ -7,6 +7,7 @@ from typing import Any
 
 from sae.architectures import Penalty
 from sae.dictionary import Provenance
+from sae.harvesting import DEFAULT
 from sae.spec import RunSpec
 
 
@@ -25,6 +26,7 @@ def command_of(spec: RunSpec, out: str) -> str:
         "--precision": (learn.precision, "float32"), "--epochs": (learn.epochs, 3.0), "--lr": (learn.lr, None),
         "--batch-size": (learn.batch_size, 2048), "--aux-coefficient": (learn.aux_coefficient, 1 / 32),
         "--eval-tokens": (spec.eval_tokens, 65_536), "--ce-tokens": (spec.ce_tokens, 8_192),
+        "--store": (spec.store.dtype, DEFAULT.dtype), "--memory": (spec.store.memory_mb, None),
         "--weights": (spec.weights, "float32"), "--seed": (spec.seed, 0),
     }
     words += [f"{name} {_word(value)}" for name, (value, default) in optional.items() if value != default]

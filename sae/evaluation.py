@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sae.corpus import Corpus, TokenBatch
 from sae.dictionary import Dictionary
-from sae.harvesting import Progress, Source, harvest
+from sae.harvesting import DEFAULT, Progress, Source, StoreSpec, harvest
 from sae.metrics import LossTable, Reconstruction, loss_table, reconstruction
 from undertow.core.errors import TextError
 
@@ -41,9 +41,9 @@ class Evaluation(NamedTuple):
         return {k: v for k, v in figures.items() if math.isfinite(v)} | {"density_histogram": r.histogram()}
 
 
-def evaluate(dictionary: Dictionary, source: Source, n_tokens: int, ce_tokens: int, cache: Path,
-             progress: Progress | None = None) -> Evaluation:
-    """Judge `dictionary` on the first `n_tokens` activations of `source` and the loss on `ce_tokens` of its tokens.
+def evaluate(dictionary: Dictionary, source: Source, tokens: tuple[int, int], cache: Path, progress: Progress | None = None,
+             form: StoreSpec = DEFAULT) -> Evaluation:
+    """Judge `dictionary` on the first activations of `source` and the loss on its first tokens: so many of each (`tokens`).
 
     Raises TextError if the text is not a held-out split: figures on trained text would flatter.
     """
@@ -51,7 +51,8 @@ def evaluate(dictionary: Dictionary, source: Source, n_tokens: int, ce_tokens: i
     if corpus.split != "held_out":
         raise TextError(f"evaluation needs the held-out split, got {corpus.split!r}")
     began = time.perf_counter()
-    store = harvest(subject, site, corpus, n_tokens, cache, progress)
+    n_tokens, ce_tokens = tokens
+    store = harvest(subject, site, corpus, n_tokens, cache, progress, form)
     found = reconstruction(dictionary, (x for _, x in store.chunks(CHUNK)))
     rows = max(1, math.ceil(ce_tokens / corpus.spec.context))
     table = loss_table(subject, site, dictionary, found.mean, _first_rows(corpus, rows), store.record["norm_ceiling"])

@@ -137,7 +137,7 @@ def run_grid(spec: GridSpec, subject: Subject, out: Path, cache: Path, watch: tu
             raise Interrupted(out)
 
     for corpus, wanted in ((first.train, spec.base.tokens), (first.held_out, spec.base.eval_tokens)):
-        harvest_sites(subject, places, corpus, wanted, cache, harvesting)
+        harvest_sites(subject, places, corpus, wanted, cache, harvesting, spec.base.store)
     rows = [_one(name, run_spec, inputs[run_spec.site], out, (cache, shown, open_sinks)) for name, run_spec in runs.items()]
     index = {"path": str(out), "runs": rows}
     write_json(out / INDEX, index)

@@ -73,11 +73,11 @@ def make_plan(spec: RunSpec, inputs: Inputs, cache: Path) -> Plan:
     width = 4 * training.d_sae
     return Plan(
         tokens=tokens, steps=training.steps,
-        harvest_s=0.0 if store_folder(subject, site, corpus, spec.tokens, cache).exists() else
+        harvest_s=0.0 if store_folder(subject, site, corpus, spec.tokens, cache, spec.store).exists() else
         (tokens + judged) * batch.tokens.numel() / measured * per_token,
         train_s=training.steps * per_step,
         judge_s=4 * min(spec.ce_tokens, judged) * per_token * depth * 1.4,  # 1.4: the unembedding, measured on SmolLM2
-        disk_bytes=(tokens + judged) * d_in * 2,
+        disk_bytes=(tokens + judged) * d_in * (2 if spec.store.dtype == "bfloat16" else 4),
         memory_bytes=width * (2 * training.batch_size + 8 * d_in))
 
 

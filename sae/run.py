@@ -21,7 +21,7 @@ from sae.card import card_markdown
 from sae.dictionary import LinearDictionary, Provenance, with_weights
 from sae.evaluation import Evaluation, evaluate
 from sae.formats import KIND, save_folder
-from sae.harvesting import Progress, Source, harvest
+from sae.harvesting import Progress, Source, harvest, harvest_together
 from sae.normed import NormedDictionary
 from sae.plan import Inputs
 from sae.sinks import Sink
@@ -102,14 +102,13 @@ def unfinished(out: Path) -> RunSpec:
 
 
 def assist(spec: RunSpec, inputs: Inputs, out: Path, cache: Path, watch: Watch, team: Team) -> None:
-    """What the other members of a team do while the first one carries out `run`: train on their shares of the batches.
+    """What the other members of a team do while the first one carries out `run`: harvest and train on their shares.
 
     Raises:
         Interrupted: a stop was asked for, here or on another member.
         UserError: bad input, or the first member failed.
     """
-    team.first(lambda: None)  # it harvests
-    store = harvest(inputs.subject, inputs.site, inputs.train, spec.tokens, cache)
+    store = _harvested(spec, inputs, cache, watch, (partial_folder(out), team))
     _train(spec, inputs, store, watch, (partial_folder(out), team))
 
 
@@ -125,14 +124,11 @@ def run(spec: RunSpec, inputs: Inputs, out: Path, cache: Path, watch: Watch, tea
     for unsealed in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):  # of a process killed while it was saving
         shutil.rmtree(unsealed, ignore_errors=True)
     try:
-        stores: list[ActivationStore] = []
-        team.first(lambda: stores.append(harvest(inputs.subject, inputs.site, inputs.train, spec.tokens, cache,
-                                                 _phase("harvest", watch, work))))
-        store = stores[0]
+        store = _harvested(spec, inputs, cache, watch, (work, team))
         trainer = _train(spec, inputs, store, watch, (work, team))
         dictionary = _rounded(trainer.dictionary(_provenance(spec, inputs, store, trainer)), spec.weights)
         judged = evaluate(dictionary.to(inputs.subject.device), Source(inputs.subject, inputs.site, inputs.held_out),
-                          spec.eval_tokens, spec.ce_tokens, cache, _phase("judge", watch, work))
+                          (spec.eval_tokens, spec.ce_tokens), cache, _phase("judge", watch, work), spec.store)
     except UserError:
         if not (work / CHECKPOINT).exists():
             shutil.rmtree(work, ignore_errors=True)
@@ -154,6 +150,18 @@ def _phase(name: str, watch: Watch, work: Path) -> Progress:
             raise Interrupted(work)
 
     return progress
+
+
+def _harvested(spec: RunSpec, inputs: Inputs, cache: Path, watch: Watch, where: tuple[Path, Team]) -> ActivationStore:
+    work, team = where
+    subject, site, corpus, _ = inputs
+    if team.size == 1:
+        return harvest(subject, site, corpus, spec.tokens, cache, _phase("harvest", watch, work), spec.store)
+    store = harvest_together(Source(subject, site, corpus), spec.tokens, cache, spec.store, team,
+                             (lambda done, total: watch.progress("harvest", done, total), watch.should_stop))
+    if store is None:
+        raise Interrupted(work)
+    return store
 
 
 def _train(spec: RunSpec, inputs: Inputs, store: ActivationStore, watch: Watch, where: tuple[Path, Team]) -> Trainer:

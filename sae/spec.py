@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from sae.architectures import Architecture, Normalization, Penalty, Precision, TrainSpec, check_sparsity
+from sae.harvesting import DEFAULT, StoreSpec
 from sae.text import TextSpec
 from undertow.core.errors import TextError
 from undertow.core.spec import Spec
@@ -55,6 +56,7 @@ class RunSpec(Spec):
         tokens: distinct activations to train on (all there are, if the text has fewer).
         eval_tokens: held-out activations for FVU, L0 and density.
         ce_tokens: held-out tokens for the loss table, which needs four full passes.
+        store: how the activations lie on disk, and the memory that harvesting them may take.
         weights: type of the saved weights; the figures are measured after rounding to it.
     """
 
@@ -65,5 +67,6 @@ class RunSpec(Spec):
     tokens: int = Field(ge=1)
     eval_tokens: int = Field(default=65_536, ge=1)
     ce_tokens: int = Field(default=8_192, ge=1)
+    store: StoreSpec = DEFAULT
     weights: Literal["float32", "float16"] = "float32"
     seed: int = 0

@@ -92,14 +92,17 @@ class Team:
 
     def first(self, work: Callable[[], None]) -> None:
         """Let the first member do `work` while the others wait. Raises UserError on these, if it failed or was stopped."""
+        self.each(work if self.is_first else lambda: None)
+
+    def each(self, work: Callable[[], None]) -> None:
+        """Let every member do its `work`, and wait for all. Raises UserError on those that did theirs, if another failed."""
         failure: Exception | None = None
-        if self.is_first:
-            try:
-                work()
-            except Exception as error:  # noqa: BLE001  raised again below, once the others know
-                failure = error
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  raised again below, once the others know
+            failure = error
         if self.any(failure is not None):
-            raise failure or UserError("the first of the processes stopped; its own message says why")
+            raise failure or UserError("another of the processes stopped; its own message says why")
 
     def _reduced(self, values: Sequence[float], how: distributed.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1:

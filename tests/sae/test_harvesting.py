@@ -20,15 +20,16 @@ from torch import Tensor
 
 from sae import harvesting
 from sae.corpus import Corpus, TextSpec, TokenBatch, open_corpus
-from sae.harvesting import SHARD_ROWS, harvest, rows_per_pass, store_key
+from sae.harvesting import SHARD_ROWS, StoreSpec, harvest, rows_per_pass, store_key
 from sae.store import ActivationStore
-from undertow.core.errors import ArtifactError, NumericsError, StorageError, TextError
+from undertow.core.errors import ArtifactError, NumericsError, SpecError, StorageError, TextError
 from undertow.subjects import Site, Subject, load_subject, tap
 from undertow.subjects.tapping import tap_sites
 
 CONTEXT = 32
 ALL = 10**6
 PASS_ROWS = 32  # 1,024 tokens
+FLOAT32 = StoreSpec(dtype="float32")
 SITE = Site(1, "resid_post")
 
 
@@ -41,7 +42,7 @@ def corpus(folder: Path, subject: Subject) -> Corpus:
 @pytest.fixture(scope="module")
 def whole(folder: Path, subject: Subject, corpus: Corpus) -> ActivationStore:
     """All of the text, in one go, exact."""
-    return harvest(subject, SITE, corpus, ALL, folder / "cache", dtype="float32")
+    return harvest(subject, SITE, corpus, ALL, folder / "cache", form=FLOAT32)
 
 
 @pytest.fixture
@@ -127,11 +128,28 @@ def test_bfloat16_by_default(whole: ActivationStore, subject: Subject, corpus: C
     assert torch.equal(everything(store), everything(whole)[:store.n].bfloat16().float())
 
 
+def test_the_memory_allowed_makes_shards_smaller(whole: ActivationStore, subject: Subject, corpus: Corpus,
+                                                 tmp_path: Path) -> None:
+    """The same activations, in shards of 4 rows and from passes no larger; and what cannot be kept to is refused."""
+    width, context = whole.d_in, corpus.spec.context
+    row = 4 * 4 * width * context / 1e6  # MB: four copies in float32
+    assert [StoreSpec(memory_mb=n * row * 1.001).shard_rows(context, width) for n in (1, 2, 3, 7, 8, 63, 64, 900)] == [
+        1, 2, 2, 4, 8, 32, 64, 64]
+    store = harvest(subject, SITE, corpus, ALL, tmp_path, form=StoreSpec(dtype="float32", memory_mb=5 * row))
+    sizes = [int(store.measured[start:start + 4].sum()) for start in range(0, len(store.measured), 4)]
+    assert [len(shard.values) for shard in store._shards] == sizes and len(sizes) > 4
+    assert torch.equal(store.tokens, whole.tokens) and torch.equal(store.measured, whole.measured)
+    torch.testing.assert_close(store.take(torch.arange(store.n)), whole.take(torch.arange(whole.n)))
+    with pytest.raises(SpecError, match=r"one row of 32 activations of width \d+ takes .* MB while it is harvested"):
+        harvest(subject, SITE, corpus, ALL, tmp_path / "none", form=StoreSpec(memory_mb=row / 2))
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("wanted", [1, 992, 993, 3000])
 def test_stops_at_the_end_of_the_pass(wanted: int, whole: ActivationStore, subject: Subject, corpus: Corpus,
                                       tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    store = harvest(subject, SITE, corpus, wanted, tmp_path, lambda done, total: seen.append((done, total)), "float32")
+    store = harvest(subject, SITE, corpus, wanted, tmp_path, lambda done, total: seen.append((done, total)), FLOAT32)
     per_row = whole.measured.sum(dim=1)
     passes = next(p for p in range(1, 99) if int(per_row[:p * PASS_ROWS].sum()) >= wanted)
     assert len(store.tokens) == passes * PASS_ROWS
@@ -144,7 +162,7 @@ def test_stops_at_the_end_of_the_pass(wanted: int, whole: ActivationStore, subje
 def test_rows_a_pass_do_not_matter(rows: int, whole: ActivationStore, subject: Subject, corpus: Corpus, tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harvesting, "rows_per_pass", lambda subject, context: rows)
-    store = harvest(subject, SITE, corpus, ALL, tmp_path, dtype="float32")
+    store = harvest(subject, SITE, corpus, ALL, tmp_path, form=FLOAT32)
     assert torch.equal(store.measured, whole.measured)
     torch.testing.assert_close(everything(store), everything(whole), rtol=1e-4, atol=1e-5)
 
@@ -159,7 +177,7 @@ def test_massive_activations_are_left_out_and_counted(whole: ActivationStore, br
                                                       tmp_path: Path) -> None:
     token = rare_token(whole)
     embedding(broken)[token] *= 1000
-    store = harvest(broken, SITE, corpus, ALL, tmp_path, dtype="float32")
+    store = harvest(broken, SITE, corpus, ALL, tmp_path, form=FLOAT32)
     massive = whole.measured & (whole.tokens == token)
     assert massive.any()
     assert store.record["massive"] == int(massive.sum())
@@ -175,7 +193,7 @@ def test_massive_activations_are_left_out_and_counted(whole: ActivationStore, br
 def test_a_second_call_reads_the_cache(whole: ActivationStore, folder: Path, subject: Subject, corpus: Corpus,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     taps = Taps(monkeypatch)
-    again = harvest(subject, SITE, corpus, ALL, folder / "cache", dtype="float32")
+    again = harvest(subject, SITE, corpus, ALL, folder / "cache", form=FLOAT32)
     assert taps.calls == 0
     assert again.path == whole.path
     assert torch.equal(everything(again), everything(whole))
@@ -184,15 +202,16 @@ def test_a_second_call_reads_the_cache(whole: ActivationStore, folder: Path, sub
 def test_key_names_all_that_matters(subject: Subject, broken: Subject, corpus: Corpus, folder: Path) -> None:
     held_out = open_corpus(corpus.spec, "held_out", subject.tokenizer, subject.bos_id)
     narrow = open_corpus(corpus.spec.model_copy(update={"context": 16}), "train", subject.tokenizer, subject.bos_id)
-    base = store_key(subject, SITE, corpus, 100, "float32")
-    assert base == store_key(broken, SITE, corpus, 100, "float32")
+    base = store_key(subject, SITE, corpus, 100, FLOAT32)
+    assert base == store_key(broken, SITE, corpus, 100, FLOAT32)
     changed = load_subject(str(folder / "llama"), device="cpu")
     embedding(changed)[5] += 1e-3
-    others = [store_key(changed, SITE, corpus, 100, "float32"),
-              store_key(subject, Site(1, "resid_pre"), corpus, 100, "float32"),
-              store_key(subject, SITE, held_out, 100, "float32"), store_key(subject, SITE, narrow, 100, "float32"),
-              store_key(subject, SITE, corpus, 101, "float32"), store_key(subject, SITE, corpus, 100, "bfloat16")]
-    assert len({base, *others}) == 7
+    others = [store_key(changed, SITE, corpus, 100, FLOAT32),
+              store_key(subject, Site(1, "resid_pre"), corpus, 100, FLOAT32),
+              store_key(subject, SITE, held_out, 100, FLOAT32), store_key(subject, SITE, narrow, 100, FLOAT32),
+              store_key(subject, SITE, corpus, 101, FLOAT32), store_key(subject, SITE, corpus, 100, StoreSpec()),
+              store_key(subject, SITE, corpus, 100, StoreSpec(dtype="float32", memory_mb=0.1))]
+    assert len({base, *others}) == 8
 
 
 def interrupt(subject: Subject, corpus: Corpus, cache: Path, passes: int) -> Path:
@@ -204,7 +223,7 @@ def interrupt(subject: Subject, corpus: Corpus, cache: Path, passes: int) -> Pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        harvest(subject, SITE, corpus, ALL, cache, progress, "float32")
+        harvest(subject, SITE, corpus, ALL, cache, progress, FLOAT32)
     assert stores(cache) == []
     return next((cache / "activations").glob(".*.partial"))
 
@@ -215,7 +234,7 @@ def test_an_interrupted_harvest_goes_on(whole: ActivationStore, subject: Subject
     work = interrupt(subject, corpus, tmp_path, passes=7)  # two passes a shard: three are whole, the seventh is lost
     assert len(json.loads((work / "progress.json").read_text())) == 3
     taps = Taps(monkeypatch)
-    store = harvest(subject, SITE, corpus, ALL, tmp_path, dtype="float32")
+    store = harvest(subject, SITE, corpus, ALL, tmp_path, form=FLOAT32)
     assert taps.calls == total - 6
     assert not work.exists()
     files = [json.loads((s.path / "manifest.json").read_text())["files"] for s in (whole, store)]
@@ -237,7 +256,7 @@ def test_a_changed_shard_of_an_interrupted_harvest_is_refused(name: str, damage:
     else:
         (work / name).unlink()
     with pytest.raises(ArtifactError, match=f"{name} of an interrupted harvest has changed") as caught:
-        harvest(subject, SITE, corpus, ALL, tmp_path, dtype="float32")
+        harvest(subject, SITE, corpus, ALL, tmp_path, form=FLOAT32)
     assert caught.value.hint.endswith(f"rm -r {work}")
     assert stores(tmp_path) == []
 
@@ -256,10 +275,10 @@ def test_a_harvest_killed_while_it_was_being_finished(whole: ActivationStore, su
 
     monkeypatch.setattr(Path, "unlink", unlink)
     with pytest.raises(Killed):
-        harvest(subject, SITE, corpus, ALL, tmp_path, dtype="float32")
+        harvest(subject, SITE, corpus, ALL, tmp_path, form=FLOAT32)
     monkeypatch.undo()
     assert stores(tmp_path) == []
-    store = harvest(subject, SITE, corpus, ALL, tmp_path, dtype="float32")
+    store = harvest(subject, SITE, corpus, ALL, tmp_path, form=FLOAT32)
     assert torch.equal(everything(store), everything(whole))
 
 
@@ -318,7 +337,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from sae.corpus import TextSpec, open_corpus
-from sae.harvesting import harvest
+from sae.harvesting import StoreSpec, harvest
 from undertow.core.errors import StorageError
 from undertow.subjects import load_subject
 
@@ -327,7 +346,8 @@ subject = load_subject(model, device="cpu")
 corpus = open_corpus(TextSpec(source=text, context=32), "train", subject.tokenizer, subject.bos_id)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
 try:
-    harvest(subject, subject.site("blocks.1.hook_resid_post"), corpus, 10**6, Path(cache), dtype="float32")
+    site, form = subject.site("blocks.1.hook_resid_post"), StoreSpec(dtype="float32")
+    harvest(subject, site, corpus, 10**6, Path(cache), form=form)
 except StorageError as error:
     print(f"refused: {error}")
 """
@@ -344,5 +364,5 @@ def test_full_disk(whole: ActivationStore, folder: Path, subject: Subject, corpu
     assert "file too large" in done.stdout
     assert "UNDERTOW_CACHE" in done.stdout
     assert stores(tmp_path) == []
-    store = harvest(subject, SITE, corpus, ALL, tmp_path, dtype="float32")  # the next one heals it
+    store = harvest(subject, SITE, corpus, ALL, tmp_path, form=FLOAT32)  # the next one heals it
     assert torch.equal(everything(store), everything(whole))

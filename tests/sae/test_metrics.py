@@ -259,7 +259,7 @@ def test_no_token_to_judge(setting: Setting) -> None:
 def test_evaluate(setting: Setting, tmp_path: Path) -> None:
     source = Source(setting.subject, SITE, setting.corpus)
     sae = random_dictionary()
-    found = evaluate(sae, source, 300, 128, tmp_path)
+    found = evaluate(sae, source, (300, 128), tmp_path)
     store = harvest(setting.subject, SITE, setting.corpus, 300, tmp_path)
     x = torch.cat([block for _, block in store.chunks(64)])
     assert found.reconstruction.tokens == store.n >= 300
@@ -281,5 +281,5 @@ def test_evaluate(setting: Setting, tmp_path: Path) -> None:
 def test_evaluate_refuses_trained_text(setting: Setting, tmp_path: Path) -> None:
     train = open_corpus(setting.corpus.spec, "train", setting.subject.tokenizer, setting.subject.bos_id)
     with pytest.raises(TextError, match="needs the held-out split, got 'train'"):
-        evaluate(identity(), Source(setting.subject, SITE, train), 10, 10, tmp_path)
+        evaluate(identity(), Source(setting.subject, SITE, train), (10, 10), tmp_path)
     assert list(tmp_path.iterdir()) == []

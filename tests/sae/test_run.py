@@ -144,7 +144,7 @@ def test_it_opens_in_ours_and_in_sae_lens(finished: Result, subject: Subject) ->
 def test_figures_are_those_of_the_file(finished: Result, folder: Path, subject: Subject) -> None:
     spec = spec_of(folder)
     inputs = open_inputs(spec, subject)
-    again = evaluate(load(finished.path), Source(subject, inputs.site, inputs.held_out), 300, 128, folder / "cache")
+    again = evaluate(load(finished.path), Source(subject, inputs.site, inputs.held_out), (300, 128), folder / "cache")
     assert again.summary() | {"wall_s": 0} == finished.evaluation.summary() | {"wall_s": 0}
 
 

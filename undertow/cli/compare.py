@@ -85,7 +85,7 @@ def _judge(sources: Sequence[str], dictionaries: Sequence[Dictionary], where: tu
         for source, dictionary in zip(sources, dictionaries, strict=True):
             subject, site = open_place(source, dictionary, place, device)
             corpus = open_held_out(dictionaries[0].provenance, subject, text, column, chat)
-            judged = evaluate(dictionary.to(subject.device), Source(subject, site, corpus), *sizes, cache_dir(),
+            judged = evaluate(dictionary.to(subject.device), Source(subject, site, corpus), sizes, cache_dir(),
                               lambda done, total: phases("harvest", done, total))
             figures.append(judged.summary())
             phases("judge", len(figures), len(sources))

@@ -26,11 +26,15 @@ from undertow.cli.compare import app as comparing
 from undertow.cli.opening import Place, SaeArgument, SameModelOption, SiteOption, open_place
 
 if TYPE_CHECKING:
+    from sae.dictionary import Dictionary
     from sae.grid import GridPlan, GridSpec
+    from sae.harvesting import Source
     from sae.plan import Inputs, Plan
     from sae.sinks import Sinks
     from sae.spec import RunSpec
+    from sae.story_truth import Found
     from sae.team import Team
+    from undertow.cli.progress import Phases
     from undertow.subjects.subject import Subject
 
 app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders: train (one or a grid), resume, eval, compare, import.")
@@ -69,6 +73,8 @@ def train(
     held_out: Annotated[float, typer.Option(help="Share of the documents kept for judging.")] = 0.05,
     eval_tokens: Annotated[int, typer.Option(help="Held-out activations to judge on.")] = 65_536,
     ce_tokens: Annotated[int, typer.Option(help="Held-out tokens for cross-entropy and KL.")] = 8_192,
+    store: Annotated[str, typer.Option(help="Type of the stored activations: bfloat16 or float32.")] = "bfloat16",
+    memory: Annotated[float | None, typer.Option(help="MB that a site's activations may take during the harvest.")] = None,
     weights: Annotated[str, typer.Option(help="Type of the saved weights: float32 or float16.")] = "float32",
     column: ColumnOption = None,
     chat: ChatOption = False,
@@ -90,7 +96,7 @@ def train(
     counts, prices = _sparsities(architecture, k, sparsity)
     spec = RunSpec.checked({
         "model": model, "site": sites[0], "tokens": tokens, "eval_tokens": eval_tokens, "ce_tokens": ce_tokens,
-        "weights": weights, "seed": seed,
+        "weights": weights, "seed": seed, "store": {"dtype": store, "memory_mb": memory},
         "text": {"source": text, "column": column, "chat": chat, "context": context, "held_out": held_out},
         "learn": {"width": widths[0], "k": counts and counts[0], "architecture": architecture, "epochs": epochs,
                   "batch_size": batch_size, "lr": lr, "aux_coefficient": aux_coefficient, "normalize": normalize,
@@ -298,21 +304,27 @@ def evaluate_(
     chat: ChatOption = False,
     eval_tokens: Annotated[int | None, typer.Option(help="Held-out activations; those of the card, if absent.")] = None,
     ce_tokens: Annotated[int | None, typer.Option(help="Held-out tokens for cross-entropy and KL.")] = None,
+    truth: Annotated[str | None, typer.Option("--truth", help="keeper:400: how well single features recover what is true of so "
+                                                              "many stories of the Keeper's world.")] = None,
     same_model: SameModelOption = False,
     device: DeviceOption = "auto",
+    seed: SeedOption = 0,
     json_: JsonOption = False,
 ) -> None:
     """Judge an SAE on the held-out documents of a text: FVU, L0, dead latents, cross-entropy and KL with its terms.
 
-    Without options this repeats the measurement of the SAE's card.
+    Without options this repeats the measurement of the SAE's card. With --truth: for bond, cost, act, word and genre the best
+    single feature, chosen on half of the stories and judged on the others, beside the same search with the truth shuffled.
     """
     from sae.evaluation import evaluate
     from sae.formats import load
-    from sae.harvesting import Source
+    from sae.harvesting import Source, StoreSpec
     from sae.plan import open_held_out
+    from sae.story_truth import parse_truth
     from undertow.cli.progress import Phases
     from undertow.core.storage import cache_dir
 
+    n_stories = None if truth is None else parse_truth(truth)
     dictionary = load(sae)
     subject, place = open_place(sae, dictionary, Place(model, site, same_model), device)
     provenance = dictionary.provenance
@@ -320,9 +332,33 @@ def evaluate_(
     began = time.perf_counter()
     with Phases() as phases:
         source = Source(subject, place, open_held_out(provenance, subject, text, column, chat))
-        result = evaluate(dictionary.to(subject.device), source, eval_tokens or int(run.get("eval_tokens", 65_536)),
-                          ce_tokens or int(run.get("ce_tokens", 8_192)), cache_dir(), lambda d, t: phases("harvest", d, t))
-    _print_figures({"path": sae, **result.summary(), "wall_s": time.perf_counter() - began}, json_)
+        tokens = eval_tokens or int(run.get("eval_tokens", 65_536)), ce_tokens or int(run.get("ce_tokens", 8_192))
+        result = evaluate(dictionary.to(subject.device), source, tokens, cache_dir(), lambda d, t: phases("harvest", d, t),
+                          StoreSpec.checked(run.get("store", {}), sae))
+        found = _truth(source, dictionary, (n_stories, seed), phases) if n_stories else []
+    more = {"truth": [{k: v for k, v in one._asdict().items() if v is not None} for one in found]} if found else {}
+    _print_figures({"path": sae, **result.summary(), **more, "wall_s": time.perf_counter() - began}, json_)
+    if found and not json_:
+        _print_truth(found)
+
+
+def _truth(source: Source, dictionary: Dictionary, stories: tuple[int, int], phases: Phases) -> list[Found]:
+    from sae.story_truth import story_truth, tell
+
+    told = tell(*stories, "word" if source.subject.name == "parrot" else "bond")
+    return story_truth(source.subject, source.site, dictionary.to(source.subject.device), told,
+                       (source.corpus.spec.chat, stories[1], lambda done, total: phases("stories", done, total)))
+
+
+def _print_truth(found: list[Found]) -> None:
+    from rich.table import Table
+
+    table = Table("variable", "measure", "feature", "read at", "value", "shuffled", "at most", "ceiling", box=None)
+    for one in found:
+        ceiling = "" if one.ceiling is None else f"{one.ceiling:.3f}"
+        table.add_row(one.variable, {"auroc": "AUROC", "r2": "R²"}[one.measure], str(one.feature), one.reading,
+                      f"{one.value:.3f}", f"{one.chance:.3f}", f"{one.chance_high:.3f}", ceiling)
+    console().print(table)
 
 
 def _print_figures(summary: dict[str, Any], json_: bool) -> None:
