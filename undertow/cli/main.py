@@ -36,6 +36,8 @@ COMMANDS = (
     Command("features", "The features of an autoencoder: scan, rank, select, show, search."),
     Command("recipe", "Recipes of feature surgery: check, apply."),
     Command("guard", "The forbidden word: scan a text, audit a recipe, generate under the guard, lexicon."),
+    Command("battery", "Batteries of choices: list, show, lint, run."),
+    Command("study", "Scripted ablations with controls: list, check, plan, run, report."),
     Command("dashboard", "A local page of features, surgery and runs; or build, list, export, operate.", runs_bare=True),
     Command("bench", "Speed, against peers in the same run: harvest, sae."),
     Command("doctor", "Versions, devices, caches; what is missing, and the command that mends it.", is_group=False),

@@ -1,0 +1,272 @@
+"""Running a study: a plain queue of trials. Every trial is one row, on the disk before the next begins.
+
+    from undertow.studies.engine import run_study
+    from undertow.studies.spec import StudySpec, load_study
+
+    result = run_study(load_study("ladder"), Path("runs/ladder"))     # or StudySpec(name=..., arms=..., measures=...)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, cast, final
+
+from features.concepts import Concept, load_concept
+from interventions.audit import spellings
+from interventions.guard_automaton import GuardMasks
+from sae.run import Interrupted
+from undertow.core.errors import ArtifactError, NumericsError, StorageError, UserError
+from undertow.core.record import git_revision
+from undertow.core.storage import disk_errors
+from undertow.lexicon.vocabulary import read_vocabulary
+from undertow.studies.clamping import unsaid
+from undertow.studies.conditions import Bench, Condition, condition_of, random_condition
+from undertow.studies.demo import LANGUAGES, contrast_of
+from undertow.studies.frozen import frozen_search
+from undertow.studies.ledger import Ledger, open_ledger
+from undertow.studies.measures import Bodies, Words, bodies, choice, naming, sameness, sample, twin, words_of
+from undertow.studies.preparing import Prepared, Tools, prepared
+from undertow.studies.scenes import Contrast
+from undertow.studies.situations import Teller
+from undertow.studies.spec import StudySpec
+from undertow.studies.trials import Trial, needs_search, trials_of
+from undertow.studies.variants import AbsentArmError
+from undertow.studies.weights import Trained, adapted
+from undertow.subjects.keeper.world import World, load_world
+from undertow.subjects.load import load_subject
+from undertow.subjects.subject import Subject
+
+log = logging.getLogger(__name__)
+LOCK = ".lock"
+
+
+@final
+class Watch(NamedTuple):
+    """What a run shows and heeds.
+
+    Attributes:
+        progress: called with (phase, done, total).
+        should_stop: asked before every trial.
+        row: called with every row that was written.
+    """
+
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+    should_stop: Callable[[], bool] = lambda: False
+    row: Callable[[dict[str, Any]], None] = lambda row: None
+
+
+@final
+class StudyResult(NamedTuple):
+    """What a run has come to.
+
+    Attributes:
+        folder: the study's.
+        counts: trials by status: done, failed, absent; and left.
+        stopped: a stop was asked for.
+    """
+
+    folder: Path
+    counts: dict[str, int]
+    stopped: bool
+
+
+def run_study(spec: StudySpec, out: Path, watch: Watch | None = None, retry_failed: bool = False) -> StudyResult:
+    """Run all trials of a study that have no row yet, and write `study.json` and `rows.jsonl` into `out`.
+
+    A failed trial is a row with its error, and the run goes on. Whatever broke a run off, the same call goes on with it.
+
+    Args:
+        spec: the study.
+        out: folder; new, empty, or that of the same study.
+        watch: what to show and heed.
+        retry_failed: do trials again whose row says that they failed.
+
+    Raises:
+        ArtifactError: `out` holds something else, or rows that were made under other settings; or another run is at work there.
+        UserError: bad input: an unknown model, lexical pairs, an SAE that does not fit.
+    """
+    seen = watch or Watch()
+    contrast_of(load_concept(spec.concept, spec.seeds[0]))
+    ledger = open_ledger(out, spec)
+    trials = trials_of(spec)
+    with _alone(out):
+        waiting = [trial for trial in trials if not ledger.done(trial.key, retry_failed)]
+        stopped = _work(Lab(spec, ledger, seen), waiting, len(trials)) if waiting else False
+    counts = {status: 0 for status in ("done", "failed", "absent", "left")}
+    for trial in trials:
+        row = ledger.rows.get(trial.key)
+        counts["left" if row is None else row["status"]] += 1
+    return StudyResult(out, counts, stopped)
+
+
+def _work(lab: Lab, waiting: list[Trial], total: int) -> bool:
+    """Do the trials one after another; True if a stop was asked for."""
+    git = git_revision()
+    try:
+        lab.check_weights()
+        for done, trial in enumerate(waiting, start=total - len(waiting)):
+            lab.watch.progress("trials", done, total)
+            if lab.watch.should_stop():
+                return True
+            if needs_search(trial.arm):
+                lab.prepared(trial.seed)
+            row = {**_head(trial), "git": git, "subject": lab.subject.digest, **_outcome(lab, trial)}
+            lab.ledger.append(row)
+            lab.watch.row(row)
+    except Interrupted:
+        return True
+    lab.watch.progress("trials", total, total)
+    return False
+
+
+def _head(trial: Trial) -> dict[str, Any]:
+    return {"id": trial.key, "arm": trial.arm, "measure": trial.measure, "seed": trial.seed, "first": trial.first,
+            "stop": trial.stop}
+
+
+def _outcome(lab: Lab, trial: Trial) -> dict[str, Any]:
+    """What a trial came to: its values; or that its arm is absent, and why; or the error that it failed with."""
+    began = time.perf_counter()
+    try:
+        found: dict[str, Any] = {"status": "done", **lab.measure(trial)}
+        json.dumps(found, allow_nan=False)
+    except AbsentArmError as error:
+        found = {"status": "absent", "reason": str(error)}
+    except StorageError:
+        raise
+    except ValueError as error:
+        found = _failed(trial, NumericsError(f"a figure is not finite ({error})"))
+    except UserError as error:
+        found = _failed(trial, error)
+    except Exception as error:
+        log.exception("trial %s (%s, %s) failed", trial.key, trial.arm, trial.measure)
+        found = _failed(trial, error)
+    return {**found, "wall_s": round(time.perf_counter() - began, 3)}
+
+
+def _failed(trial: Trial, error: Exception) -> dict[str, Any]:
+    if isinstance(error, UserError):
+        log.warning("trial %s (%s, %s) failed: %s", trial.key, trial.arm, trial.measure, error.what)
+    return {"status": "failed", "error": {"type": type(error).__name__, "what": str(error)}}
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which goes with the process. Raises ArtifactError if another run holds it."""
+    path = folder / LOCK
+    with disk_errors(path), path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(f"another run is at work in {folder}", "wait for it, or choose another --out") from None
+        yield
+
+
+@final
+class Lab:
+    """What all trials of a run share, opened when it is first asked for."""
+
+    def __init__(self, spec: StudySpec, ledger: Ledger, watch: Watch) -> None:
+        self.spec, self.ledger, self.watch = spec, ledger, watch
+        self._prepared: dict[int, Prepared] = {}
+        self._conditions: dict[tuple[str, int], Condition] = {}
+        self._bodies: dict[tuple[int, int, int], Bodies] = {}
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The model."""
+        return load_subject(self.spec.model)
+
+    @cached_property
+    def world(self) -> World:
+        """The source of stories."""
+        return load_world()
+
+    @cached_property
+    def words(self) -> Words:
+        """What is needed to see a word."""
+        lexicon, vocabulary = self._concept(self.spec.seeds[0]).lexicon, read_vocabulary(self.subject.tokenizer)
+        return Words(spellings(self.subject, lexicon.only(languages=LANGUAGES)), vocabulary, lexicon,
+                     GuardMasks(vocabulary, lexicon))
+
+    def check_weights(self) -> None:
+        """Raise ArtifactError if earlier rows were measured on other weights."""
+        others = {row["subject"] for row in self.ledger.rows.values()} - {self.subject.digest}
+        if others:
+            raise ArtifactError(f"{self.ledger.folder} has rows of the weights {', '.join(sorted(others))}, and "
+                                f"{self.spec.model} now has {self.subject.digest}",
+                                "run the study into a folder of its own with --out")
+
+    def prepared(self, seed: int) -> Prepared:
+        """The search of one seed."""
+        if seed not in self._prepared:
+            tools = Tools(self.subject, self.world, self.watch.progress, self.watch.should_stop)
+            self._prepared[seed] = prepared(self.spec, self._concept(seed), self.ledger.folder, tools)
+        return self._prepared[seed]
+
+    def measure(self, trial: Trial) -> dict[str, Any]:
+        """The values of a trial, what its arm is and what it costs. Raises AbsentArmError if the search has nothing for it."""
+        teller, units = self._teller(trial.seed), range(trial.first, trial.stop)
+        bench = Bench(self.subject, self.world, trial.seed, lambda: self.prepared(trial.seed),
+                      lambda arm: self._trained(arm, trial.seed), lambda: self._frozen(trial.seed))
+        if trial.arm == "random":
+            sets = [random_condition(bench, i) for i in units]
+            made = [choice(condition, teller, range(self.spec.size.few)) for condition in sets]
+            return {"arm_digest": sets[0].digest, "cost": sets[0].cost._asdict(),
+                    "values": {"set": list(units), **{name: [found[name] for found in made] for name in ("p", "D")}}}
+        if (trial.arm, trial.seed) not in self._conditions:
+            self._conditions[trial.arm, trial.seed] = condition_of(trial.arm, bench)
+        condition = self._conditions[trial.arm, trial.seed]
+        return {"arm_digest": condition.digest, "cost": condition.cost._asdict(),
+                "values": self._values(trial, condition, teller, units)}
+
+    def _values(self, trial: Trial, condition: Condition, teller: Teller, units: range) -> dict[str, Any]:
+        match trial.measure:
+            case "choice":
+                return choice(condition, teller, units)
+            case "twin":
+                return twin(condition, teller, units)
+            case "naming":
+                return naming(condition, teller, units)
+            case "sample":
+                return sample(condition, teller, units, self.words)
+            case "sameness":
+                return sameness(condition, teller, units, self.subject)
+            case "words":
+                return words_of(condition, units, self._untouched(trial, teller), self.words)
+            case "unsaid":
+                axes = {int(name.partition(".")[2]): rows for name, rows in self.prepared(trial.seed).directions.items()
+                        if name.startswith("word.")}
+                return unsaid(condition, teller, units, self.subject, axes)
+            case other:
+                raise AssertionError(other)
+
+    def _trained(self, arm: str, seed: int) -> Trained:
+        """The adapter of a weight arm, in the study's folder."""
+        return adapted(self.subject, self.world, arm, seed, self.ledger.folder / f"adapter-{arm}-{seed}",
+                       lambda done, total: self.watch.progress(f"train {arm}", done, total))
+
+    def _frozen(self, seed: int) -> Prepared:
+        """The search in an SAE whose decoder is random."""
+        tools = Tools(self.subject, self.world, self.watch.progress, self.watch.should_stop)
+        return frozen_search(self.spec, self._concept(seed), self.prepared(seed), self.ledger.folder, tools)
+
+    def _untouched(self, trial: Trial, teller: Teller) -> Bodies:
+        """The untouched subject on the texts of a trial, computed once for all arms."""
+        key = (trial.seed, trial.first, trial.stop)
+        if key not in self._bodies:
+            self._bodies[key] = bodies(self.subject, teller, range(trial.first, trial.stop), self.words)
+        return self._bodies[key]
+
+    def _concept(self, seed: int) -> Concept:
+        return load_concept(self.spec.concept, seed)
+
+    def _teller(self, seed: int) -> Teller:
+        return Teller(self.world, cast(Contrast, contrast_of(self._concept(seed))), seed)

@@ -1,0 +1,123 @@
+"""What a study will cost and what it can show, before anything runs. Needs no weights and no network.
+
+Time is reckoned from the tokens that go through the model, 2 floating-point operations a parameter and token, at the rate that
+a core was measured at. It is an estimate: half or twice is to be expected.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+from undertow.studies.inference import detectable, families_needed, power_paired
+from undertow.studies.spec import StudySpec
+from undertow.studies.trials import TRAINED, Trial, needs_search, trials_of
+
+PARAMETERS: Mapping[str, float] = {
+    "hearth": 2.6e6, "parrot": 2.6e6, "smollm2": 135e6, "hearth-smollm2": 135e6, "distilgpt2": 82e6, "gpt2": 124e6,
+    "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1_558e6}
+FLOPS_PER_CORE = 30e9  # of a forward pass in float32, measured
+OPENING_S = 10.0
+# Tokens through the model: of one story (text, set) of a trial, as measured on the Keeper's world.
+TOKENS: Mapping[str, int] = {"choice": 330, "twin": 280, "words": 1_700, "sameness": 360, "sample": 1_300, "naming": 200,
+                             "unsaid": 1_200}
+SEARCH_TOKENS = 700_000  # attribution, trials of sets and the gates
+SAE_TOKENS = 450_000  # harvest and judging of an SAE, and its training, which costs about as much
+ADAPTER_TOKENS = 400_000  # 80 steps of 8 texts of some 200 tokens, the gradient counted as two more passes
+EFFECTS = (0.2, 0.3, 0.5)
+_BYTES = {"words": 2_500, "sameness": 1_300, "sample": 400}  # of a row, for each text or story; others are small
+_SMALL = 120
+
+
+@final
+class Plan(NamedTuple):
+    """A study before it runs.
+
+    Attributes:
+        trials: all of them, in the order of the run.
+        searches: how often an SAE is searched (and trained, if none is given).
+        tokens: that go through the model.
+        seconds: on this machine; None if the model's size is not known.
+        megabytes: of rows and SAEs.
+    """
+
+    trials: list[Trial]
+    searches: int
+    tokens: int
+    seconds: float | None
+    megabytes: float
+
+
+@final
+class Power(NamedTuple):
+    """What paired comparisons over the stories of a study can show (one-sided t-test, alpha 0.025).
+
+    Attributes:
+        n: stories.
+        detectable: standardised effect (mean / SD of the paired difference) that is seen with power 0.8.
+        power: standardised effect → the power that this study has.
+        needed: standardised effect → stories that power 0.8 needs.
+        rate_margin: half the width of the 95 % interval of an act rate of one half over the sampled stories.
+    """
+
+    n: int
+    detectable: float
+    power: dict[float, float]
+    needed: dict[float, int]
+    rate_margin: float
+
+
+def plan_of(spec: StudySpec, parameters: float | None = None) -> Plan:
+    """Reckon a study. `parameters`: of the model, where its name does not tell."""
+    trials = trials_of(spec)
+    searches = len(spec.seeds) if any(needs_search(trial.arm) for trial in trials) else 0
+    adapters = len(spec.seeds) * sum(arm in spec.arms for arm in TRAINED)
+    tokens = sum(_tokens(spec, trial) for trial in trials) + adapters * ADAPTER_TOKENS
+    tokens += len(spec.seeds) * (SEARCH_TOKENS if "frozen" in spec.arms else 0)
+    tokens += searches * (SEARCH_TOKENS + (0 if spec.sae else SAE_TOKENS))
+    size = parameters if parameters is not None else parameters_of(spec.model)
+    seconds = None if size is None else OPENING_S + tokens * 2 * size / (FLOPS_PER_CORE * cores())
+    rows = sum(trial.n * _BYTES.get(trial.measure, _SMALL) for trial in trials)
+    return Plan(trials, searches, tokens, seconds, rows / 1e6 + (0 if spec.sae else searches * 3.5))
+
+
+def power_of(spec: StudySpec) -> Power:
+    """Reckon the power of a study's paired comparisons."""
+    n = spec.size.stories * len(spec.seeds)
+    return Power(n, detectable(n), {d: power_paired(n, d) for d in EFFECTS}, {d: families_needed(d) for d in EFFECTS},
+                 0.98 / (spec.size.sampled * len(spec.seeds)) ** 0.5)
+
+
+def parameters_of(model: str) -> float | None:
+    """Parameters of a model, from a table or from its name (gemma-3-270m, Qwen/Qwen3-0.6B); None if neither tells."""
+    if model in PARAMETERS:
+        return PARAMETERS[model]
+    last = model.rstrip("/").rsplit("/", 1)[-1]
+    found = re.search(r"(?:^|[-_])(\d+(?:\.\d+)?)([bBmM])(?:$|[-_.])", last)
+    if found is None:
+        return PARAMETERS.get(last)
+    return float(found[1]) * (1e9 if found[2] in "bB" else 1e6)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not every system can say
+        return os.cpu_count() or 1
+
+
+def table_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """One line for each arm and measure: trials, and stories (texts, sets) in all."""
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    for trial in trials:
+        line = lines.setdefault((trial.arm, trial.measure), {"arm": trial.arm, "measure": trial.measure, "trials": 0, "n": 0})
+        line["trials"] += 1
+        line["n"] += trial.n
+    return list(lines.values())
+
+
+def _tokens(spec: StudySpec, trial: Trial) -> int:
+    return trial.n * TOKENS[trial.measure] * (spec.size.few if trial.arm == "random" else 1)
