@@ -14,11 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae.architectures import Architecture
+from sae.corpus import TextSpec, open_corpus
+from sae.harvesting import StoreSpec, harvest
 from sae.team import ALONE, Team
 from sae.training import Trainer
 from tests.cli.test_sae_cli import train_words
 from tests.sae.test_training import spec_of, synthetic
 from undertow.core.errors import SpecError
+from undertow.subjects import Subject
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH = 20, 64
@@ -103,6 +106,64 @@ def test_the_comparison_sees_members_that_repeat_one_share(tmp_path: Path) -> No
     """Negative control: both members train on the first half of every batch."""
     run_two(tmp_path, "same")
     assert all(off > 1e-3 for off in differences(tmp_path).values())
+
+
+# ---------------------------------------------------------------- one harvest by two
+
+
+HARVESTER = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from torch import distributed
+
+from sae.corpus import TextSpec, open_corpus
+from sae.harvesting import Source, StoreSpec, harvest_together
+from sae.team import Team
+from undertow.subjects import load_subject
+
+folder, cache, meet, rank, wanted, rounds = *map(Path, sys.argv[1:4]), *map(int, sys.argv[4:7])
+distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+subject = load_subject(str(folder / "llama"), device="cpu")
+corpus = open_corpus(TextSpec(source=str(folder / "text.jsonl"), context=32), "train", subject.tokenizer, subject.bos_id)
+asked = iter(range(rounds))
+store = harvest_together(Source(subject, subject.site("blocks.1.hook_resid_post"), corpus), wanted, cache,
+                         StoreSpec(memory_mb=0.07), Team(rank, 2),
+                         (lambda done, total: print("done", done), lambda: rank == 1 and next(asked, None) is None))
+print("store", store and store.n)
+distributed.destroy_process_group()
+"""
+
+
+def harvest_by_two(folder: Path, cache: Path, wanted: int, rounds: int = 10**6) -> list[str]:
+    """What both members print; the second one asks for a stop after so many rounds."""
+    meet = cache.with_name(f"{cache.name}-{wanted}-{rounds}")
+    workers = [subprocess.Popen([sys.executable, "-c", HARVESTER, str(folder), str(cache), str(meet), str(rank), str(wanted),
+                                 str(rounds)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True) for rank in range(2)]
+    said = [worker.communicate(timeout=120) for worker in workers]
+    assert all(worker.returncode == 0 for worker in workers), said
+    return [out for out, _ in said]
+
+
+@pytest.mark.parametrize("wanted", [1500, 10**6], ids=["to the end of a pass", "all there is"])
+def test_two_processes_harvest_what_one_does(wanted: int, folder: Path, subject: Subject, tmp_path: Path) -> None:
+    """The same files, byte for byte; also where the two were stopped in between and went on."""
+    corpus = open_corpus(TextSpec(source=str(folder / "text.jsonl"), context=32), "train", subject.tokenizer, subject.bos_id)
+    site = subject.site("blocks.1.hook_resid_post")
+    alone = harvest(subject, site, corpus, wanted, tmp_path / "alone", form=StoreSpec(memory_mb=0.07))
+    first, second = harvest_by_two(folder, tmp_path / "two", wanted)
+    assert f"store {alone.n}" in first and f"store {alone.n}" in second and first.count("done") > 2 and "done" not in second
+    stopped = harvest_by_two(folder, tmp_path / "again", wanted, rounds=1)
+    assert all("store None" in out for out in stopped)
+    harvest_by_two(folder, tmp_path / "again", wanted)
+    for cache in ("two", "again"):
+        other = tmp_path / cache / "activations" / alone.path.name
+        names = sorted(path.name for path in alone.path.glob("*.safetensors"))
+        assert sorted(path.name for path in other.glob("*.safetensors")) == names and len(names) > 4
+        assert [(other / name).read_bytes() == (alone.path / name).read_bytes() for name in names] == [True] * len(names)
+        assert [path.name for path in other.parent.iterdir()] == [alone.path.name]  # and nothing beside it
 
 
 def test_a_batch_that_cannot_be_divided_is_refused() -> None:

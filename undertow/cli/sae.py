@@ -65,8 +65,7 @@ def train(
     tokens: Annotated[int, typer.Option(help="Distinct activations to train on; fewer if the text has fewer.")] = 1_000_000,
     epochs: Annotated[float, typer.Option(help="How often each activation is seen.")] = 3.0,
     batch_size: Annotated[int, typer.Option(help="Activations a step, of all processes together.")] = 2048,
-    precision: Annotated[str, typer.Option(help="Of the large products: float32, tf32 or bfloat16; weights stay float32.")]
-    = "float32",
+    precision: Annotated[str, typer.Option(help="Of the large products: float32, tf32 or bfloat16.")] = "float32",
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; derived from the width if absent.")] = None,
     aux_coefficient: Annotated[float, typer.Option(help="Weight of the AuxK loss that revives dead latents.")] = 1 / 32,
     context: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
@@ -88,7 +87,7 @@ def train(
 
     Several sites, widths, k, prices or seeds train the whole grid from one harvest: one folder each in OUT, and an index.
     Says beforehand what it will cost. Ctrl-C and SIGTERM save; `undertow sae resume OUT` goes on. Past one device:
-    torchrun --nproc-per-node 2 -m undertow sae train ..., which divides every batch among the processes.
+    torchrun --nproc-per-node 2 -m undertow sae train ..., which divides harvest and batches among the processes.
     """
     from sae.spec import RunSpec
 
@@ -101,9 +100,9 @@ def train(
         "learn": {"width": widths[0], "k": counts and counts[0], "architecture": architecture, "epochs": epochs,
                   "batch_size": batch_size, "lr": lr, "aux_coefficient": aux_coefficient, "normalize": normalize,
                   "precision": precision, "prefixes": prefixes and _numbers("--prefixes", prefixes, int),
-                  "penalty": {"coefficient": prices and prices[0], "warm_up": sparsity_warm_up, "bandwidth": bandwidth}},
-        }, "sae train")
-    axes: dict[str, Any] = {"sites": sites, "widths": widths, "sparsities": prices or counts, "seeds": seeds}
+                  "penalty": {"coefficient": prices and prices[0], "warm_up": sparsity_warm_up, "bandwidth": bandwidth}}},
+        "sae train")
+    axes = {"sites": sites, "widths": widths, "sparsities": prices or counts, "seeds": seeds}
     _train(spec, axes, out, (device, wandb, json_))
 
 
