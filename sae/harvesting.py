@@ -380,7 +380,7 @@ def _finish(source: Source, work: Path, shards: list[dict[str, Any]], n_tokens: 
               work / "rows.safetensors")
     write_json(work / "documents.json", list(corpus.document_ids))
     # The ledger goes first: a harvest killed here must not take for whole what has lost its rows.
-    for leftover in (work / "progress.json", *work.glob("rows-*.safetensors")):
+    for leftover in (work / "progress.json", *work.glob("rows-*.safetensors"), *work.glob("part-*.safetensors")):
         leftover.unlink(missing_ok=True)
     total = sum(shard["n"] for shard in shards)
     record = run_record({"text": corpus.spec.model_dump(), "split": corpus.split, "tokens": n_tokens}, seed=0,

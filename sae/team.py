@@ -136,5 +136,6 @@ def joined(device: str) -> Iterator[Team]:
     distributed.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         yield Team(distributed.get_rank(), distributed.get_world_size(), place)
+        distributed.barrier()  # nobody leaves while another still needs it
     finally:
         distributed.destroy_process_group()

@@ -52,6 +52,7 @@ for name, values in json.loads((folder / "specs.json").read_text()).items():
     weights = {key: value.detach() for key, value in trainer.weights._asdict().items()}
     facts = torch.tensor([trainer.threshold, *report], dtype=torch.float64)
     save_file({**weights, "idle": trainer.idle, "facts": facts}, folder / f"{name}-{rank}.safetensors")
+distributed.barrier()
 distributed.destroy_process_group()
 """
 
@@ -96,6 +97,7 @@ def differences(folder: Path) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     run_two(tmp_path, "shared")
     assert {name: off for name, off in differences(tmp_path).items() if off > 1e-9} == {}
@@ -132,6 +134,7 @@ store = harvest_together(Source(subject, subject.site("blocks.1.hook_resid_post"
                          StoreSpec(memory_mb=0.07), Team(rank, 2),
                          (lambda done, total: print("done", done), lambda: rank == 1 and next(asked, None) is None))
 print("store", store and store.n)
+distributed.barrier()
 distributed.destroy_process_group()
 """
 
@@ -147,6 +150,7 @@ def harvest_by_two(folder: Path, cache: Path, wanted: int, rounds: int = 10**6) 
     return [out for out, _ in said]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [1500, 10**6], ids=["to the end of a pass", "all there is"])
 def test_two_processes_harvest_what_one_does(wanted: int, folder: Path, subject: Subject, tmp_path: Path) -> None:
     """The same files, byte for byte; also where the two were stopped in between and went on."""
@@ -157,6 +161,8 @@ def test_two_processes_harvest_what_one_does(wanted: int, folder: Path, subject:
     assert f"store {alone.n}" in first and f"store {alone.n}" in second and first.count("done") > 2 and "done" not in second
     stopped = harvest_by_two(folder, tmp_path / "again", wanted, rounds=1)
     assert all("store None" in out for out in stopped)
+    work, = (tmp_path / "again" / "activations").iterdir()
+    (work / "part-999.safetensors").write_bytes(b"of a process that was killed")
     harvest_by_two(folder, tmp_path / "again", wanted)
     for cache in ("two", "again"):
         other = tmp_path / cache / "activations" / alone.path.name

@@ -43,8 +43,10 @@ def test_a_half_written_last_line_is_cut_off_and_nothing_else(tmp_path: Path, cu
     ledger.append(row("b"))
     whole = (tmp_path / ROWS).read_bytes()
     (tmp_path / ROWS).write_bytes(whole[:-cut])
+    assert set(open_ledger(tmp_path).rows) == {"a"}
+    assert (tmp_path / ROWS).read_bytes() == whole[:-cut]  # who only reads may have met a line that is being written
     with caplog.at_level(logging.WARNING):
-        again = open_ledger(tmp_path)
+        again = open_ledger(tmp_path, mend=True)
     assert set(again.rows) == {"a"}
     assert "half written" in caplog.text
     again.append(row("b"))

@@ -16,11 +16,12 @@ from interventions.verdict import verdict
 from tests.studies.rows import made_up
 from undertow.core.errors import ArtifactError
 from undertow.studies.columns import Columns, matched
+from undertow.studies.inference import resamples
 from undertow.studies.judging import evidence_of, group_outcome, hypotheses, judged, sham_change
 from undertow.studies.preparing import NOT_COMPETENT, NOTHING_FOUND
 from undertow.studies.result import row_means
 from undertow.studies.spec import StudySpec, load_study
-from undertow.studies.table import MEANINGS, table_of
+from undertow.studies.table import MEANINGS, kl_quantile, kl_quantile_draws, table_of
 from undertow.studies.trials import trials_of
 
 EFFECTS = {"bonded": 1.0, "L4": 0.9, "L4-before": 0.6, "diffmean": 0.3, "constant": 0.9}
@@ -258,6 +259,18 @@ def test_shuffled_labels_have_no_effect() -> None:
         shuffled = change * draw.choice([-1, 1], len(change))
         claims += stats.ttest_1samp(shuffled, 0).pvalue < 0.01
     assert claims <= 3
+
+
+def test_quantiles_of_draws_are_those_of_the_drawn_tokens() -> None:
+    draw = np.random.default_rng(2)
+    kl = [draw.exponential(0.01, n) for n in (30, 200, 90, 151)]
+    found = kl_quantile_draws(kl, 3, "L4")
+    for i, texts in enumerate(resamples(4, 3, "L4", "kl_p99", draws=500)[:40]):
+        tokens = np.sort(np.concatenate([kl[text] for text in texts]))[::-1]
+        assert found[i] == tokens[int(np.ceil(0.01 * len(tokens))) - 1]
+    assert len(found) == 500
+    zero = kl_quantile([np.zeros(20)] * 8, 0, "sham")
+    assert (zero.value, zero.low, zero.high) == (0.0, 0.0, 0.0)
 
 
 def test_means_of_a_row() -> None:

@@ -94,9 +94,10 @@ def run_study(spec: StudySpec, out: Path, watch: Watch | None = None, retry_fail
     """
     seen = watch or Watch()
     contrast_of(load_concept(spec.concept, spec.seeds[0]))
-    ledger = open_ledger(out, spec)
+    open_ledger(out, spec)
     trials = trials_of(spec)
     with _alone(out):
+        ledger = open_ledger(out, spec, mend=True)
         waiting = [trial for trial in trials if not ledger.done(trial.key, retry_failed)]
         stopped = _work(Lab(spec, ledger, seen), waiting, len(trials)) if waiting else False
     counts = {status: 0 for status in ("done", "failed", "absent", "left")}

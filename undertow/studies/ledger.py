@@ -1,7 +1,7 @@
 """The folder of a study: what was asked (study.json), and one line a trial (rows.jsonl), appended and flushed to the disk.
 
-A run may be killed at any moment. A half-written last line is cut off when the folder is opened again, with a warning; a line
-in the middle that cannot be read is an error, and nothing is changed.
+A run may be killed at any moment. A half-written last line is passed over, and cut off by the next run, with a warning (who
+only reads may meet a line that is being written); a line in the middle that cannot be read is an error, and nothing is changed.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Ledger:
         self._rows[row["id"]] = row
 
 
-def open_ledger(folder: Path, spec: StudySpec | None = None) -> Ledger:
-    """Open the folder of a study, or begin it with `spec`.
+def open_ledger(folder: Path, spec: StudySpec | None = None, mend: bool = False) -> Ledger:
+    """Open the folder of a study, or begin it with `spec`; with `mend` a half-written last line is cut off.
 
     Raises:
         ArtifactError: no study there and no spec; another study, or changed settings, with the differences; a row that
@@ -78,7 +78,7 @@ def open_ledger(folder: Path, spec: StudySpec | None = None) -> Ledger:
         return Ledger(folder, spec, {})
     record = _json(path)
     kept = StudySpec.checked(record["spec"], str(path))
-    rows = _read(folder / ROWS)
+    rows = _read(folder / ROWS, mend)
     _refuse_changes(folder, record, kept if spec is None else spec, bool(rows))
     if spec is not None and spec != kept:
         write_json(path, run_record(spec.model_dump(mode="json"), spec.seeds[0], digest=spec.digest(), table=table_constants()))
@@ -118,7 +118,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
             for key, inner in _flat(held, f"{name}.{part}" if name else str(part)).items()}
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
+def _read(path: Path, mend: bool) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     content = path.read_bytes()
@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path}, line {number} cannot be read: {error}; nothing was changed",
                                 "restore the line from a copy, or remove it: its trial is then run again") from None
-    if len(whole) < len(content):
+    if len(whole) < len(content) and mend:
         log.warning("%s: the last line was half written (%d bytes); it is cut off and its trial is run again", path,
                     len(content) - len(whole))
         with disk_errors(path), path.open("r+b") as file:
