@@ -240,7 +240,7 @@ def kl_quantile_draws(kl: list[Float[np.ndarray, "_"]], seed: int, arm: str, lev
     times = np.stack([np.bincount(draw, minlength=len(kl)) for draw in draws])  # how often each text was drawn
     values, text = np.concatenate(kl), np.repeat(np.arange(len(kl)), [len(part) for part in kl])
     order = np.argsort(-values, kind="stable")
-    wanted = (1 - level) * (times @ np.array([len(part) for part in kl]))
+    wanted = np.round((1 - level) * (times @ np.array([len(part) for part in kl])), 6)
     found = np.empty(len(times))
     for at in range(0, len(times), _ROWS_AT_ONCE):
         reached = np.cumsum(times[at: at + _ROWS_AT_ONCE, text[order]], axis=1) >= wanted[at: at + _ROWS_AT_ONCE, None]
