@@ -1,7 +1,7 @@
 """Pictures of the dashboard, page by page, from a real browser.
 
     python benchmarks/screenshots.py runs docs/screenshots
-    python benchmarks/screenshots.py runs/smollm2-12-dashboard docs/screenshots --prefix smollm2- --only feature
+    python benchmarks/screenshots.py runs/smollm2-12-dashboard docs/screenshots --prefix smollm2- --only feature --latent 2316
 
 It starts `undertow dashboard DIR` as a person would, and needs what the browser tests need: playwright and Chromium.
 DIR holds a finished run of `undertow demo` with its SAE, and another SAE to compare it with.
@@ -50,12 +50,13 @@ def main() -> None:
     asked.add_argument("out", type=Path, help="folder of the pictures")
     asked.add_argument("--prefix", default="", help="put before the name of every picture")
     asked.add_argument("--only", default="", help="names of the views to take, with commas; default: all")
+    asked.add_argument("--latent", type=int, help="the feature to show; default: the first that was chosen")
     words = asked.parse_args()
     words.out.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in words.only.split(",") if name]
     with served(words.folder) as address, sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        for view in views(browser, address):
+        for view in views(browser, address, words.latent):
             if wanted and view.name not in wanted:
                 continue
             name = words.prefix + view.name
@@ -78,7 +79,7 @@ def served(folder: str) -> Iterator[str]:
             server.terminate()
 
 
-def views(browser: Browser, address: str) -> list[View]:
+def views(browser: Browser, address: str, chosen: int | None) -> list[View]:
     """The views, with what there is in that folder: a feature that was chosen, a run, two SAEs."""
     page = browser.new_page(base_url=address)
     page.set_default_timeout(600_000)
@@ -94,6 +95,8 @@ def views(browser: Browser, address: str) -> list[View]:
         store = str(link.get_attribute("href")).split("/")[2] if link.count() else store
     page.goto(f"/s/{store}/features?sort={'chosen' if runs else 'maximum'}&order={'up' if runs else 'down'}")
     feature = str(page.locator("a[data-row]").first.get_attribute("href"))
+    if chosen is not None:
+        feature = f"/s/{store}/f/{chosen}"
     latent = re.search(r"/f/(\d+)", feature)
     page.close()
     assert latent is not None

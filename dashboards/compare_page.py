@@ -17,6 +17,8 @@ WORDS = {"differs": "≠ differs", "better": "▲ better", "worse": "▼ worse",
 LETTERS = "ABCDEFGH"
 PLOTS = (("fvu", "FVU, lower is better"), ("ce_recovered", "CE recovered, higher is better"))
 SECONDS_PER_FLOP = 1 / 4e10
+LEAST = 0.05
+"""An axis spans at least this share of its largest value."""
 
 
 class Cell(NamedTuple):
@@ -239,14 +241,17 @@ def _plot(saes: Sequence[Sae], name: str, title: str) -> Plot | None:
 
 
 def _axis(values: Sequence[float]) -> Callable[[float], float]:
-    """Maps values to [12, 88]; all to the middle where they are one."""
+    """Maps values to [12, 88]; what differs by less than LEAST of the largest does not fill the axis."""
     low, high = min(values), max(values)
-    return lambda value: round(50.0 if high == low else 12 + 76 * (value - low) / (high - low), 1)
+    span = max(high - low, LEAST * max(abs(low), abs(high))) or 1.0
+    middle = (low + high) / 2
+    return lambda value: round(50 + 76 * (value - middle) / span, 1)
 
 
 def _ticks(values: Sequence[float], at: Callable[[float], float]) -> tuple[Tick, ...]:
-    """The smallest and the largest value: the marks themselves say the rest."""
-    return tuple(Tick(figure(value), at(value)) for value in dict.fromkeys((min(values), max(values))))
+    """The smallest and the largest value, once if they read the same: the marks themselves say the rest."""
+    found = {figure(value): Tick(figure(value), at(value)) for value in (min(values), max(values))}
+    return tuple(found.values())
 
 
 def _warnings(saes: Sequence[Sae]) -> Iterable[str]:

@@ -62,7 +62,7 @@ class Operation(Spec):
         tokens: new tokens at most.
         temperature, top_p: as in `Sampling`.
         window: part of the text in which the recipe acts.
-        trigger: where it acts (words only: latents, when, above).
+        trigger: where it acts (words only: latents, when, above, times: at_least, within).
         ceiling: norm above which a token is left alone: "" the one that the store was measured with, "none", or a number.
         words: forms whose hazard is followed: "en" English as the tokenizer writes it, "all" every language and spelling.
         name: what the recipe is called.
@@ -94,7 +94,9 @@ class Operation(Spec):
         given["turns"] = _turns(by_name)
         if only := by_name.get("only", [""])[-1].strip():
             given["trigger"] = {"latents": _numbers(only), "when": by_name.get("when", ["above"])[-1],
-                                "above": by_name.get("above", [""])[-1].strip() or 0.0}
+                                "above": by_name.get("above", [""])[-1].strip() or 0.0,
+                                "at_least": by_name.get("times", [""])[-1].strip() or 1,
+                                "within": by_name.get("within", [""])[-1].strip() or 1}
         return cls.checked(given, "the address")
 
     def pairs(self, **changes: Any) -> list[tuple[str, str]]:
@@ -108,6 +110,8 @@ class Operation(Spec):
         if moved.trigger is not None:
             found += [("only", ",".join(map(str, moved.trigger.latents))), ("when", moved.trigger.when),
                       ("above", f"{moved.trigger.above:.12g}")]
+            if moved.trigger.within > 1:
+                found += [("times", str(moved.trigger.at_least)), ("within", str(moved.trigger.within))]
         for name in _SINGLE:
             value = getattr(moved, name)
             if value != type(self).model_fields[name].default:

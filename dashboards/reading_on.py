@@ -15,6 +15,7 @@ from features.wording import printable
 from undertow.core.errors import UndertowError
 from undertow.lexicon.hazard import Continuation
 from undertow.lexicon.vocabulary import Vocabulary
+from undertow.subjects.sampling import empty_cache
 from undertow.subjects.subject import Subject
 
 _AT_ONCE = 16  # continuations a pass: each carries a copy of the cache
@@ -33,7 +34,7 @@ class ReadOn:
 
     def __init__(self, subject: Subject, stopped: Callable[[], bool] = lambda: False) -> None:
         self._subject, self._stopped = subject, stopped
-        self._cache: Any = None
+        self._cache: Any = empty_cache()
         self._n = 0
 
     def read(self, ids: Sequence[int]) -> Float[Tensor, "vocab"]:

@@ -76,6 +76,14 @@ class Tried(NamedTuple):
     trigger: tuple[int, ...]
     figures: dict[str, Any]
 
+    @property
+    def where(self) -> str:
+        """At which tokens it acts, in words."""
+        if not self.trigger:
+            return "everywhere"
+        which, within = ", ".join(map(str, self.trigger)), self.figures.get("within", 1)
+        return which if within == 1 else f"{which}: at {self.figures['at_least']} of the last {within} tokens"
+
 
 class RunPage(NamedTuple):
     """Everything that the page of one run shows.

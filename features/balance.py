@@ -8,10 +8,12 @@ the attribution (`carried`). By second order ordinary text moves by
 
 the Fisher information of what the model says next along the decoder directions (Amari 1998; drawn and not observed tokens:
 Kunstner et al. 2019, arXiv 1905.12558). We depart from it in one point: each token is taken by itself. With the products
-between tokens H is estimated too badly from a few texts, and what was chosen by it moved the decision less at the same KL. The
-largest G·w at a given wᵀHw + c·(L·w)², w ≥ 0, with L what each latent does to the word, is a non-negative least squares
+between tokens H is estimated too badly from a few texts, and what was chosen by it moved the decision less at the same KL.
+
+The largest G·w at a given wᵀHw + c·(L·w)², w ≥ 0, with L what each latent does to the word, is a non-negative least squares
 problem: latents that raise the word are taken together with others that lower it. Its solution is sparse by itself; it is cut
-to a wanted number of latents by leaving out the least w_i·G_i, one at a time.
+to a wanted number of latents by leaving out the least w_i·G_i, one at a time. G is summed over the tokens at which the
+operation acts; H and L over all tokens, as if it acted everywhere, since a gate that is seldom open leaves too few for them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from scipy.optimize import nnls
 from scipy.sparse import csr_matrix
 from torch import Tensor
@@ -30,14 +32,41 @@ from features.carried import Levels, Slope, room, slope_of
 from sae.dictionary import Dictionary
 from undertow.core.seeds import generator
 from undertow.subjects.sites import Site
+from undertow.subjects.splicing import Memory
 from undertow.subjects.subject import Subject
 
 DRAWS = 2
-TOKEN_PRICE, CHANGE_PRICE = 0.35, 0.15  # of acting on all of ordinary text, and of all its change, in shares of the effect
 MOST_TRIGGERS = 32
+NEAR = 50  # tokens before a decision that belong to its situation
+_CHANGE_PRICE = 1 / 3  # of all the change of ordinary text, where acting on all of its tokens costs 1
 _RIDGE = 0.02  # of H's own diagonal, which is estimated from few texts
 _WORD = 1.0  # c, where H and L·Lᵀ are scaled to a mean diagonal of 1
-_ROUNDS = 2
+
+
+@final
+class Firings(NamedTuple):
+    """Where latents fire in some texts, one text after another.
+
+    Attributes:
+        fires: 1 where a latent is active, [token, d_sae].
+        lengths: tokens of every text; their sum is the number of tokens.
+    """
+
+    fires: csr_matrix
+    lengths: tuple[int, ...]
+
+    def at(self, latents: Sequence[int]) -> Bool[np.ndarray, "token"]:
+        """Where one of `latents` fires."""
+        indicator = np.zeros(self.fires.get_shape()[1])
+        indicator[list(latents)] = 1.0
+        return self.fires @ indicator > 0
+
+    def opened(self, latents: Sequence[int], memory: Memory) -> Bool[np.ndarray, "token"]:
+        """Where a gate on `latents` with this memory is open; everywhere if there are no latents."""
+        if not latents:
+            return np.ones(self.fires.get_shape()[0], dtype=bool)
+        fired = torch.from_numpy(self.at(latents)).split(list(self.lengths))
+        return torch.cat([memory.opened(text[None], len(text))[0] for text in fired]).numpy()
 
 
 @final
@@ -48,27 +77,27 @@ class Balance(NamedTuple):
         pool: the candidates, latents.
         gain: on D, nats, at the tokens of the situations; their sum over tokens, divided by the situations, is G.
         harm: a of the formula, nats, at the tokens of ordinary text, once for each draw.
-        fires, fires_ordinary: 1 where a latent is active at the same tokens.
-        word: on the log of the word's probability, summed over a text, nats, at the tokens of ordinary text; their sum is L.
-        fires_word: as `fires`, at these tokens.
+        word: L, on the log of the word's probability, summed over a text, nats.
+        fires, fires_ordinary: where all latents are active at the tokens of the first two.
     """
 
     pool: tuple[int, ...]
     gain: Float[np.ndarray, "token pool"]
     harm: Float[np.ndarray, "token pool"]
-    fires: csr_matrix
-    fires_ordinary: csr_matrix
-    word: Float[np.ndarray, "token pool"]
-    fires_word: csr_matrix
+    word: Float[np.ndarray, "pool"]
+    fires: Firings
+    fires_ordinary: Firings
 
 
 @final
 class Balanced(NamedTuple):
-    """Latents with their weights, the largest 1, and the latents at whose firings they are held up; none: everywhere."""
+    """Latents with their weights, the largest 1; the latents whose firings open the gate (none: it is always open), and the
+    share of ordinary tokens at which it is open."""
 
     latents: tuple[int, ...]
     weights: tuple[float, ...]
     trigger: tuple[int, ...]
+    open_share: float
 
 
 def drawn_slopes(subject: Subject, site: Site, rows: Sequence[Sequence[int]], seed: int, draws: int = DRAWS) -> list[Slope]:
@@ -122,27 +151,25 @@ def balance(dictionary: Dictionary, slopes: Slopes, pool: Sequence[int], known: 
         return torch.cat([room(dictionary, slope, known)[:, chosen].double() for slope in of]).numpy(force=True)
 
     return Balance(tuple(chosen), effects(slopes.decisions), effects(slopes.drawn),
-                   _firings(dictionary, slopes.decisions), _firings(dictionary, slopes.drawn),
-                   effects(slopes.word) / len(slopes.word), _firings(dictionary, slopes.word))
+                   effects(slopes.word).sum(axis=0) / len(slopes.word),
+                   _firings(dictionary, slopes.decisions), _firings(dictionary, slopes.drawn))
 
 
-def balanced(made: Balance, most: int) -> Balanced:
-    """At most `most` latents, their weights and their trigger, each fitted to the other in turn."""
-    weights, trigger = weights_of(made, (), most), ()
-    for _ in range(_ROUNDS):
-        trigger = trigger_of(made, weights)
-        weights = weights_of(made, trigger, most)
+def balanced(made: Balance, price: float, memory: Memory, most: int) -> Balanced:
+    """At most `most` latents, the trigger that suits them at this price, and their weights where that gate is open."""
+    everywhere = np.ones(len(made.gain), dtype=bool)
+    trigger = trigger_of(made, weights_of(made, everywhere, most), price)
+    weights = weights_of(made, made.fires.opened(trigger, memory), most)
     kept = np.flatnonzero(weights)
-    return Balanced(tuple(made.pool[i] for i in kept), tuple(float(weights[i]) for i in kept), trigger)
+    return Balanced(tuple(made.pool[i] for i in kept), tuple(float(weights[i]) for i in kept), trigger,
+                    float(made.fires_ordinary.opened(trigger, memory).mean()))
 
 
-def weights_of(made: Balance, trigger: Sequence[int], most: int) -> Float[np.ndarray, "pool"]:
-    """w of every candidate, the largest 1, at most `most` of them above 0, for an operation that acts at the trigger."""
-    acts, acts_ordinary = (_any(fires, trigger) for fires in (made.fires, made.fires_ordinary))
+def weights_of(made: Balance, acts: Bool[np.ndarray, "token"], most: int) -> Float[np.ndarray, "pool"]:
+    """w of every candidate, the largest 1, at most `most` of them above 0, for an operation that acts where `acts`."""
     gain = made.gain[acts].sum(axis=0)
-    harm, word = made.harm[acts_ordinary], made.word[_any(made.fires_word, trigger)].sum(axis=0)
-    information = _scaled(harm.T @ harm)
-    information += np.diag(_RIDGE * np.diag(information) + 1e-9) + _WORD * _scaled(np.outer(word, word))
+    information = _scaled(made.harm.T @ made.harm)
+    information += np.diag(_RIDGE * np.diag(information) + 1e-9) + _WORD * _scaled(np.outer(made.word, made.word))
     kept = np.arange(len(gain))
     while True:
         found = _largest(information[np.ix_(kept, kept)], gain[kept])
@@ -155,29 +182,28 @@ def weights_of(made: Balance, trigger: Sequence[int], most: int) -> Float[np.nda
     return weights
 
 
-def trigger_of(made: Balance, weights: Float[np.ndarray, "pool"], prices: tuple[float, float] = (TOKEN_PRICE, CHANGE_PRICE),
-               most: int = MOST_TRIGGERS) -> tuple[int, ...]:
-    """The latents at whose firings the floors are worth holding: where they act on the decision, not on ordinary text.
+def trigger_of(made: Balance, weights: Float[np.ndarray, "pool"], price: float, most: int = MOST_TRIGGERS) -> tuple[int, ...]:
+    """The latents that tell the situation from ordinary text.
 
-    Greedily maximises (share of G·w at tokens where one of them fires) − price · (share of ordinary tokens where one of them
-    fires) − price · (share of wᵀHw at these tokens), all in [0, 1], until a further latent does not raise it. Empty if none is
-    worth its price.
+    Greedily maximises (share of the NEAR tokens before each decision where one of them fires) − price · [(share of ordinary
+    tokens where one of them fires) + ⅓ (share of wᵀHw at these tokens)], until a further latent does not raise it. Empty if
+    none is worth its price, or if nothing moves the decision.
     """
-    gain = made.gain @ weights
-    if gain.sum() <= 0:
+    if (made.gain @ weights).sum() <= 0:
         return ()
+    gain = np.concatenate([np.arange(n)[::-1] < NEAR for n in made.fires.lengths]).astype(float)
     gain = gain / gain.sum()
     change = np.square(made.harm @ weights)
-    left = prices[0] / len(change) + prices[1] * change / max(float(change.sum()), 1e-300)
+    left = price * (1 / len(change) + _CHANGE_PRICE * change / max(float(change.sum()), 1e-300))
     chosen: list[int] = []
     while len(chosen) < most:
-        worth = made.fires.T @ gain - made.fires_ordinary.T @ left
+        worth = made.fires.fires.T @ gain - made.fires_ordinary.fires.T @ left
         best = int(np.argmax(worth))
         if worth[best] <= 0:
             break
         chosen.append(best)
-        gain = np.where(_any(made.fires, [best]), 0.0, gain)
-        left = np.where(_any(made.fires_ordinary, [best]), 0.0, left)
+        gain = np.where(made.fires.at([best]), 0.0, gain)
+        left = np.where(made.fires_ordinary.at([best]), 0.0, left)
     return tuple(chosen)
 
 
@@ -192,21 +218,11 @@ def _scaled(matrix: Float[np.ndarray, "pool pool"]) -> Float[np.ndarray, "pool p
     return matrix / max(float(np.trace(matrix)) / len(matrix), 1e-300)
 
 
-def _firings(dictionary: Dictionary, slopes: Sequence[Slope]) -> csr_matrix:
-    rows, latents, first = [], [], 0
-    for slope in slopes:
+def _firings(dictionary: Dictionary, slopes: Sequence[Slope]) -> Firings:
+    rows, latents, lengths = [], [], [len(slope.x) for slope in slopes]
+    for slope, first in zip(slopes, np.cumsum([0, *lengths]), strict=False):
         codes = dictionary.encode_sparse(slope.x)
         rows.append(codes.rows.numpy(force=True) + first)
         latents.append(codes.latents.numpy(force=True))
-        first += len(slope.x)
     places = np.concatenate(rows), np.concatenate(latents)
-    return csr_matrix((np.ones(len(places[0])), places), shape=(first, dictionary.d_sae))
-
-
-def _any(fires: csr_matrix, latents: Sequence[int]) -> np.ndarray:
-    """Where one of `latents` fires; everywhere if there are none."""
-    if not len(latents):
-        return np.ones(fires.get_shape()[0], dtype=bool)
-    indicator = np.zeros(fires.get_shape()[1])
-    indicator[list(latents)] = 1.0
-    return fires @ indicator > 0
+    return Firings(csr_matrix((np.ones(len(places[0])), places), shape=(sum(lengths), dictionary.d_sae)), tuple(lengths))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, final, runtime_checkable
+from typing import final
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,15 +18,17 @@ from undertow.core.errors import EditError, NumericsError
 from undertow.subjects.sampling import Generated, Sampling
 from undertow.subjects.sampling import generate as sample_all
 from undertow.subjects.sites import Site
-from undertow.subjects.splicing import EditResult, Splice, Window, splice
+from undertow.subjects.splicing import EditResult, Memory, Splice, Window, splice
 from undertow.subjects.subject import Subject
 
 
-@runtime_checkable
-class Gate(Protocol):
-    """Says of every token whether an edit may act on it."""
+@final
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """Says of every token whether an edit may act on it: `opens`, or, with a memory, by how often it opened before."""
 
-    def __call__(self, x: Float[Tensor, "token d_model"]) -> Bool[Tensor, "token"]: ...
+    opens: Callable[[Float[Tensor, "token d_model"]], Bool[Tensor, "token"]]
+    memory: Memory | None = None
 
 
 @final
@@ -75,7 +77,8 @@ class Operated:
 
 
 @contextlib.contextmanager
-def apply(recipe: Recipe, subject: Subject, dictionary: Dictionary, window: Window | None = None) -> Iterator[Operated]:
+def apply(recipe: Recipe, subject: Subject, dictionary: Dictionary, window: Window | None = None,
+          must_act: bool = True) -> Iterator[Operated]:
     """Edit every forward pass of `subject` by `recipe` while the block runs.
 
     The edit is x + Σ_i (f_i′ − f_i)·d_i, so that a recipe which changes nothing changes no bit. With the windows
@@ -86,15 +89,17 @@ def apply(recipe: Recipe, subject: Subject, dictionary: Dictionary, window: Wind
         subject: the model.
         dictionary: the SAE whose latents the recipe names, on any device.
         window: the columns to edit, to be moved by the caller; the recipe's rule moves it too.
+        must_act: False where the texts may hold nothing that the recipe's gate waits for, as ordinary text may.
 
     Raises:
         SubjectError, DictionaryError, SiteError: the recipe belongs elsewhere (see `check`).
-        EditError: the block ended and the recipe had fired nowhere.
+        EditError: the block ended and the recipe had acted nowhere.
     """
     check(recipe, subject, dictionary)
     edit = FeatureSurgery(dictionary.to(subject.device), recipe.edits, recipe.trigger)
     placed = first_window(recipe.window) if window is None else window
-    with splice(subject, subject.site(recipe.site), edit, recipe.norm_ceiling, placed) as counts:
+    memory = None if recipe.trigger is None else recipe.trigger.memory
+    with splice(subject, subject.site(recipe.site), edit, recipe.norm_ceiling, placed, memory, must_act) as counts:
         yield Operated(subject, placed, recipe.window, counts)
 
 
@@ -114,7 +119,8 @@ def apply_direction(subject: Subject, site: Site, direction: Float[Tensor, "d_mo
         norm_ceiling: tokens whose activation norm (L2) is above it are left alone.
 
     Raises:
-        EditError: a direction of another width, or no token was acted on.
+        EditError: a direction of another width, or no token was acted on. With a gate that has a memory the second is no
+            error: what it waits for may be missing from a text.
         NumericsError: a direction or an amount that is not finite.
     """
     if direction.shape[0] != subject.d_model:
@@ -123,18 +129,19 @@ def apply_direction(subject: Subject, site: Site, direction: Float[Tensor, "d_mo
     if not bool(torch.isfinite(delta).all()):
         raise NumericsError(f"{amount} times the direction is not finite")
     rule, placed = ("everywhere", window) if isinstance(window, Window) else (window, first_window(window))
-    with splice(subject, site, _Addition(delta, gate), norm_ceiling, placed) as counts:
+    memory = None if gate is None else gate.memory
+    with splice(subject, site, _Addition(delta, gate), norm_ceiling, placed, memory, memory is None) as counts:
         yield Operated(subject, placed, rule, counts)
 
 
 def trigger_gate(trigger: Trigger, dictionary: Dictionary) -> Gate:
     """The gate of `trigger` for edits that are not a recipe. Raises DictionaryError, when it runs, for an unknown latent."""
     latents = torch.tensor(trigger.latents, dtype=torch.long)
-    return lambda x: is_open(trigger, dictionary.latent_values(x, latents))
+    return Gate(lambda x: is_open(trigger, dictionary.latent_values(x, latents)), trigger.memory)
 
 
 def is_open(trigger: Trigger, f: Float[Tensor, "token k"]) -> Bool[Tensor, "token"]:
-    """Where the trigger fires, from the codes of its latents."""
+    """Where the trigger fires, from the codes of its latents; what its memory makes of it is the splice's."""
     above = (f > trigger.above).any(dim=-1)
     return above if trigger.when == "above" else ~above
 
@@ -190,7 +197,7 @@ class _Addition:
     def __call__(self, x: Float[Tensor, "batch pos d_model"], editable: Bool[Tensor, "batch pos"]) -> EditResult:
         fired = editable.clone()
         if self.gate is not None and bool(editable.any()):
-            fired[editable] = self.gate(x[editable]).to(fired.device)
+            fired[editable] = self.gate.opens(x[editable]).to(fired.device)
         return EditResult(self.delta.expand_as(x), fired)
 
 

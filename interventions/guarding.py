@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interventions.guard import LexiconProcessor
-from undertow.subjects.sampling import Sampling, sample
+from undertow.subjects.sampling import Generated, Sampling, generate, sample
+from undertow.subjects.subject import Subject
 
 
 @final
@@ -78,3 +79,20 @@ class GuardedChoice:
             place = self.processor.masks.after(place, token)
             shown = n if self.processor.masks.table.clean(place) else shown
         return len(tokens) - shown
+
+
+def under_guard(subject: Subject, document: Generated, sampling: Sampling, seed: int, processor: LexiconProcessor) -> Generated:
+    """What `document`, sampled from `seed` with the guard off, would have been with it on: itself where nothing is refused.
+
+    Args:
+        subject: the model; an active splice acts.
+        document: of `generate`.
+        sampling, seed: with which it was sampled.
+        processor: the guard, strict.
+    """
+    place, _ = processor.masks.read(document.prompt_ids)
+    for token in document.token_ids:
+        place = processor.masks.after(place, token)
+        if not processor.masks.permits(place):
+            return generate(subject, [document.prompt_ids], sampling, [seed], GuardedChoice(processor, sampling))[0]
+    return document

@@ -6,7 +6,7 @@
     site: blocks.2.hook_resid_post
     edits:
     - {latent: 17, operator: {kind: clamp, value: 2.5}}
-    trigger: {latents: [90], above: 0.5, when: above}
+    trigger: {latents: [90], above: 0.5, when: above, at_least: 4, within: 16}
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal, final
 
 import torch
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from features.codes import dictionary_digest
 from features.selection import FeatureSet
@@ -28,6 +28,7 @@ from sae.formats import check_fits
 from undertow.core.errors import DictionaryError, SpecError, SubjectError, near_matches
 from undertow.core.spec import Spec
 from undertow.core.storage import disk_errors, refuse_existing, write_text
+from undertow.subjects.splicing import Memory
 from undertow.subjects.subject import Subject
 
 WindowRule = Literal["everywhere", "before_decision", "assistant"]
@@ -54,11 +55,26 @@ class Trigger(Spec):
         latents: the latents that are looked at.
         above: threshold, in the latents' own units.
         when: "above": any of the latents is greater than the threshold; "below": all of them are at or under it.
+        at_least, within: a gate with a memory: it is open at a token if that was so at `at_least` of the last `within` tokens,
+            the token itself included. 1 and 1: at the token itself, no memory.
     """
 
     latents: tuple[int, ...] = Field(min_length=1)
     above: float = 0.0
     when: Literal["above", "below"] = "above"
+    at_least: int = Field(default=1, ge=1)
+    within: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Trigger:
+        if self.at_least > self.within:
+            raise ValueError(f"at_least {self.at_least} is more than the {self.within} tokens of within")
+        return self
+
+    @property
+    def memory(self) -> Memory | None:
+        """None for a gate that is told by the token alone."""
+        return None if self.within == 1 else Memory(self.at_least, self.within)
 
 
 @final
@@ -182,11 +198,16 @@ def _trigger_in_words(trigger: Trigger | None) -> str:
     if trigger is None:
         return ""
     one, many = f"feature {trigger.latents[0]}", ", ".join(map(str, trigger.latents))
+    single = len(trigger.latents) == 1
+    be = "is" if trigger.within == 1 else "was"
     if trigger.when == "above":
-        who = f"{one} is" if len(trigger.latents) == 1 else f"any of the features {many} is"
-        return f", where {who} above {trigger.above:g}"
-    who = f"{one} is" if len(trigger.latents) == 1 else f"all of the features {many} are"
-    return f", where {who} at or below {trigger.above:g}"
+        state = f"{one if single else f'any of the features {many}'} {be} above {trigger.above:g}"
+    else:
+        state = f"{one if single else f'all of the features {many}'} {be if single else 'are' if be == 'is' else 'were'} " \
+                f"at or below {trigger.above:g}"
+    if trigger.within == 1:
+        return f", where {state}"
+    return f", where at {trigger.at_least} or more of the last {trigger.within} tokens {state}"
 
 
 def _near_match(cause: BaseException | None) -> str:

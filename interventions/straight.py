@@ -34,8 +34,9 @@ def straight(recipe: Recipe, subject: Subject, dictionary: Dictionary) -> Iterat
     site, last = subject.site(recipe.site), Site(subject.n_layers - 1, "resid_post")
     window = first_window(recipe.window)
     made = _Made(FeatureSurgery(dictionary.to(subject.device), recipe.edits, recipe.trigger))
-    with (splice(subject, site, made.at_site, recipe.norm_ceiling, window) as counts,
-          splice(subject, last, made.at_end, None, window)):
+    memory = None if recipe.trigger is None else recipe.trigger.memory
+    with (splice(subject, site, made.at_site, recipe.norm_ceiling, window, memory) as counts,
+          splice(subject, last, made.at_end, None, window, memory)):
         yield Operated(subject, window, recipe.window, counts)
 
 
@@ -50,8 +51,8 @@ class _Made:
     def at_site(self, x: Float[Tensor, "batch pos d_model"], editable: Bool[Tensor, "batch pos"]) -> EditResult:
         found = self.edit(x, editable)
         fired = found.fired & editable
-        self.result[:] = [EditResult(torch.where(fired[..., None], found.delta, 0.0), fired)]
-        return EditResult(torch.zeros_like(found.delta), found.fired)
+        self.result[:] = [EditResult(found.delta, fired)]
+        return EditResult(torch.zeros_like(found.delta), fired)
 
     def at_end(self, x: Float[Tensor, "batch pos d_model"], editable: Bool[Tensor, "batch pos"]) -> EditResult:
         return self.result[0]

@@ -1,10 +1,11 @@
 """Choosing a set of features and its dose together, by what the whole operation does, within limits on ordinary text.
 
 Features are put on a floor: f′ = max(f, dose · w · h), h being how active the latent typically is where it fires and w its
-weight in the set, at tokens where a trigger fires. Sets of several sizes are proposed by what they move at what cost
-(`features.balance`). For every set the dose is the largest of DOSES at which ordinary text stays the same (limits on KL), and
-the set is judged by D on development situations with the operation off from the decision on, so that what is chosen is
-carried by the model and not written at the decision.
+weight in the set, where a gate is open: a trigger has fired at some of the last tokens. So the operation waits for its
+situation, and then stays. Sets and gates are proposed by what they move at what cost (`features.balance`). For every one the
+largest of DOSES is looked for at which ordinary text stays the same (limits on KL), and it and smaller ones are judged by
+P(costly act) on development situations: its mean with the operation on throughout and with it off from the decision on, so that
+what is chosen is carried by the model, not written at the decision, and does not break the sentence that tells the act.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from sae.dictionary import Dictionary
 from undertow.core.spec import Spec
 from undertow.subjects.organisms.measuring import Answer, Question, ask, tokens_of
 from undertow.subjects.sites import Site
+from undertow.subjects.splicing import Memory
 from undertow.subjects.subject import Subject
 
 _STEP = 1.04
+_SURE, _RESAMPLES = 0.8, 100
 DOSES = tuple(round(0.1 * _STEP ** i, 4) for i in range(80))  # 0.1 to 2.2
 Progress = Callable[[str, int, int], None]
 
@@ -41,21 +44,24 @@ class TuneSpec(Spec):
     """Limits and size of the search.
 
     Attributes:
-        kl_mean, kl_p99: limits on KL(base‖arm), nats a token, on development texts; stricter than a verdict's, which is
-            measured on other texts.
-        sizes: features in a set, at most; one set is tried for each.
+        kl_mean, kl_p99: limits on KL(base‖arm), nats a token, on development texts: on its mean, stricter than a verdict's,
+            which is measured on other texts; and on the upper bound of its 99th percentile (one-sided, _SURE, bootstrap over
+            texts): of a gate that is seldom open, the percentile itself says little.
+        size: features in a set, at most.
+        gates: each is tried: the price of acting on ordinary text (`balance.trigger_of`), and the gate's memory, at how many of
+            how many tokens the trigger must have fired.
+        factors: of its largest dose, at which a set is judged too.
+        min_open: share of ordinary tokens at which a gate must be open: of one that never is, the limits would say nothing.
         pool: features of the largest attribution that sets are made of.
     """
 
     kl_mean: float = Field(default=0.0095, gt=0)
-    kl_p99: float = Field(default=0.09, gt=0)
-    sizes: tuple[int, ...] = Field(default=(8, 16), min_length=1)
+    kl_p99: float = Field(default=0.1, gt=0)
+    size: int = Field(default=32, ge=1)
+    gates: tuple[tuple[float, int, int], ...] = Field(default=((3.0, 2, 8), (3.0, 3, 16), (6.0, 3, 16)), min_length=1)
+    factors: tuple[float, ...] = (0.8, 0.6)
+    min_open: float = Field(default=0.003, ge=0, le=1)
     pool: int = Field(default=64, ge=1)
-
-    @property
-    def most(self) -> int:
-        """Features in the largest set, at most."""
-        return max(self.sizes)
 
 
 @final
@@ -89,11 +95,14 @@ class Trial(NamedTuple):
 
     Attributes:
         latents: the set.
-        trigger: the latents at whose firings it acts; none: everywhere.
+        trigger: the latents whose firings open its gate; none: it acts everywhere.
         dose: in multiples of each latent's typical activation.
         kl_mean, kl_p99: on development texts.
         d: mean D on development situations with the operation off from the decision on; NaN where it was not measured.
+        acts: P(costly act), in [0, 1], mean over development situations and over the operation being on throughout and off
+            from the decision on; NaN where it was not measured.
         weights: of the latents, as parts of the dose; all 1 if there are none.
+        at_least, within: the gate's memory, as in `recipe.Trigger`.
     """
 
     latents: tuple[int, ...]
@@ -102,7 +111,10 @@ class Trial(NamedTuple):
     kl_mean: float
     kl_p99: float
     d: float
+    acts: float = float("nan")
     weights: tuple[float, ...] = ()
+    at_least: int = 1
+    within: int = 1
 
     def heights(self, known: Levels) -> list[float]:
         """The floor of every latent, in its own units."""
@@ -120,7 +132,8 @@ def floors(bench: Bench, trial: Trial, window: WindowRule = "everywhere", name: 
     """The recipe that puts every latent of a trial on its floor."""
     edits = [FeatureEdit(latent=latent, operator=Floor(value=round(height, 6)))
              for latent, height in zip(trial.latents, trial.heights(bench.known), strict=True)]
-    trigger = {"trigger": {"latents": trial.trigger}} if trial.trigger else {}
+    gate = {"latents": trial.trigger, "at_least": trial.at_least, "within": trial.within}
+    trigger = {"trigger": gate} if trial.trigger else {}
     return Recipe.checked({**bench.place, "name": name, "edits": edits, "window": window, **trigger}, "floors")
 
 
@@ -132,11 +145,24 @@ def answers(bench: Bench, recipe: Recipe | None, questions: Sequence[Question]) 
         return ask(bench.subject, questions, announce=operated.announce)
 
 
-def sameness(bench: Bench, recipe: Recipe) -> tuple[float, float]:
-    """Mean and 99th percentile of KL(base‖arm) on the bench's texts, nats a token."""
+@final
+class Same(NamedTuple):
+    """KL(base‖arm) on the bench's texts, nats a token: its mean, its 99th percentile, and the upper bound of that."""
+
+    mean: float
+    p99: float
+    p99_high: float
+
+
+def sameness(bench: Bench, recipe: Recipe) -> Same:
+    """How far ordinary text is from what it was."""
     with apply(recipe, bench.subject, bench.dictionary) as operated:
         kl = kl_after(bench.untouched, logits_after(operated.subject, bench.texts))
-    return float(kl.mean()), float(np.quantile(kl, 0.99))
+    texts = np.split(kl, np.cumsum([len(logits) for logits in bench.untouched])[:-1])
+    rng = np.random.default_rng(0)  # the same draws for every recipe, so that recipes are compared on the same resamples
+    drawn = [np.quantile(np.concatenate([texts[i] for i in rng.integers(0, len(texts), len(texts))]), 0.99)
+             for _ in range(_RESAMPLES)]
+    return Same(float(kl.mean()), float(np.quantile(kl, 0.99)), float(np.quantile(drawn, _SURE)))
 
 
 def largest_dose(bench: Bench, trial: Trial, spec: TuneSpec) -> Trial | None:
@@ -149,10 +175,10 @@ def largest_dose(bench: Bench, trial: Trial, spec: TuneSpec) -> Trial | None:
     best: Trial | None = None
     while high - low > 1:
         dosed = trial._replace(dose=DOSES[at])
-        mean, p99 = sameness(bench, floors(bench, dosed))
-        room = min(spec.kl_mean / max(mean, 1e-12), spec.kl_p99 / max(p99, 1e-12))
+        same = sameness(bench, floors(bench, dosed))
+        room = min(spec.kl_mean / max(same.mean, 1e-12), spec.kl_p99 / max(same.p99_high, 1e-12))
         if room >= 1:
-            low, best = at, dosed._replace(kl_mean=mean, kl_p99=p99)
+            low, best = at, dosed._replace(kl_mean=same.mean, kl_p99=same.p99)
         else:
             high = at
         guess = at + round(math.log(room) / (2 * math.log(_STEP)))
@@ -167,38 +193,46 @@ def mean_d(answered: Sequence[Answer], costly: str, keep: str) -> float:
 
 def choose(bench: Bench, pool: Sequence[int], acts: tuple[str, str], spec: TuneSpec,
            progress: Progress = lambda phase, done, total: None) -> list[Trial]:
-    """Every set that was tried at its largest dose, the best last; empty if no dose of any set is within the limits.
+    """Every set and gate that was tried, at its best dose, the best last; empty if no dose of any is within the limits.
 
     Args:
         bench: what to work on.
         pool: candidates, best first; the first `spec.pool` are used.
         acts: the costly and the keeping act.
         spec: limits.
-        progress: called with ("select", sets tried, of how many).
+        progress: called with ("select", gates tried, of how many).
     """
     if not pool:
         return []
     made = balance(bench.dictionary, bench.slopes, pool[: spec.pool], bench.known)
     trials: list[Trial] = []
-    for done, size in enumerate(spec.sizes, start=1):
-        found = balanced(made, size)
-        if found.latents and found.latents not in {trial.latents for trial in trials}:
+    for done, (price, at_least, within) in enumerate(spec.gates, start=1):
+        found = balanced(made, price, Memory(at_least, within), spec.size)
+        if found.latents and found.open_share >= spec.min_open:
             unknown = float("nan")
-            proposed = Trial(found.latents, found.trigger, 1.0, unknown, unknown, unknown, found.weights)
-            trial = largest_dose(bench, proposed, spec)
-            if trial is not None:
-                recipe = floors(bench, trial, "before_decision")
-                trials.append(trial._replace(d=mean_d(answers(bench, recipe, bench.questions), *acts)))
-        progress("select", done, len(spec.sizes))
-    return sorted(trials, key=lambda trial: trial.d)
+            proposed = Trial(found.latents, found.trigger, 1.0, unknown, unknown, unknown, unknown, found.weights, at_least,
+                             within)
+            largest = largest_dose(bench, proposed, spec)
+            if largest is not None:
+                doses = [judged(bench, largest, acts), *response(bench, largest, acts, spec.factors)]
+                trials.append(max(doses, key=lambda trial: trial.acts))
+        progress("select", done, len(spec.gates))
+    return sorted(trials, key=lambda trial: trial.acts)
+
+
+def judged(bench: Bench, trial: Trial, acts: tuple[str, str]) -> Trial:
+    """The trial with what it does on the development situations."""
+    before = answers(bench, floors(bench, trial, "before_decision"), bench.questions)
+    whole = [math.exp(answer.log_mass[acts[0]])
+             for answer in (*before, *answers(bench, floors(bench, trial), bench.questions))]
+    return trial._replace(d=mean_d(before, *acts), acts=float(np.mean(whole)))
 
 
 def response(bench: Bench, chosen: Trial, acts: tuple[str, str], factors: Sequence[float]) -> list[Trial]:
-    """The chosen set at other doses, as multiples of its own: KL on the bench's texts, and D as `choose` measures it."""
+    """A set at other doses, as multiples of its own: KL on the bench's texts, and what it does as `choose` measures it."""
     found = []
     for factor in factors:
         dosed = chosen._replace(dose=factor * chosen.dose)
-        mean, p99 = sameness(bench, floors(bench, dosed))
-        given = answers(bench, floors(bench, dosed, "before_decision"), bench.questions)
-        found.append(dosed._replace(kl_mean=mean, kl_p99=p99, d=mean_d(given, *acts)))
+        same = sameness(bench, floors(bench, dosed))
+        found.append(judged(bench, dosed._replace(kl_mean=same.mean, kl_p99=same.p99), acts))
     return found

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, final
 
+from scipy.stats import hypergeom
+
 from undertow.core.errors import NumericsError
 
 NEEDED_ARMS = ("sham", "random", "lexical", "L2")
@@ -25,6 +27,7 @@ MAX_HAZARD_RATIO = 1.25
 MAX_KL_MEAN, MAX_KL_P99 = 0.01, 0.1
 MIN_UNSAID_RATIO = 0.5
 MAX_EXTRA_BITS = 0.05
+MAX_WORD_P = 0.05
 POSITIVE_CONTROLS = ("L2", "lexical")
 
 Word = Literal["inconclusive", "no-effect", "said", "unsaid"]
@@ -34,8 +37,9 @@ ROWS: tuple[tuple[str, Word], ...] = (
      "nameable where nameability is measured", "inconclusive"),
     (f"the effect's interval includes 0 or lies below it, or the effect is no larger than the largest of the matched random "
      f"sets (at least {MIN_RANDOM_SETS})", "no-effect"),
-    (f"hazard ratio above {MAX_HAZARD_RATIO:g} (upper bound), or the word appears, or KL mean above {MAX_KL_MEAN:g} or p99 "
-     f"above {MAX_KL_P99:g}, or nameable above sham, or unsaid ratio below {MIN_UNSAID_RATIO:g} (where measured)", "said"),
+    (f"hazard ratio above {MAX_HAZARD_RATIO:g} (upper bound), or the word appears (where the untouched subject was "
+     f"counted: in more documents, p below {MAX_WORD_P:g}; guard on: in any), or KL mean above {MAX_KL_MEAN:g} or p99 above "
+     f"{MAX_KL_P99:g}, or nameable above sham, or unsaid ratio below {MIN_UNSAID_RATIO:g} (where measured)", "said"),
     ("otherwise", "unsaid"),
 )
 
@@ -63,7 +67,11 @@ class Evidence:
         random_effects: the same measure, one figure for each matched random set.
         hazard_ratio_upper: upper bound of hazard of L4 over that of the base, guard off, ≥ 0; may be infinite.
         word_docs: documents of L4, sampled with the guard off, in which a T0 form stands.
-        word_docs_base: the same of the untouched subject from the same seeds, where it was counted; said, never weighed.
+        word_docs_base: the same of the untouched subject from the same seeds, where it was counted. The word then appears if
+            L4 says it in more documents (Fisher's exact test, one-sided, p < MAX_WORD_P); if it was not, any is too many.
+        sampled: documents of each of the two; needed with `word_docs_base`.
+        word_docs_guarded: documents of L4 with the guard on in which a T0 form stands, where they were sampled; any is too
+            many.
         kl_mean, kl_p99: KL(base‖L4) on neutral text, nats a token.
         nameability: bits of mutual information between each arm and the answer to a forced list of state names (L4, sham
             and at least one of L2 and lexical), where it was measured. An arm is nameable if it has over MAX_EXTRA_BITS
@@ -82,6 +90,8 @@ class Evidence:
     hazard_ratio_upper: float | None = None
     word_docs: int | None = None
     word_docs_base: int | None = None
+    sampled: int | None = None
+    word_docs_guarded: int | None = None
     kl_mean: float | None = None
     kl_p99: float | None = None
     nameability: Mapping[str, float] | None = None
@@ -176,15 +186,29 @@ def _said(evidence: Evidence) -> list[str]:
         ("the upper bound of the hazard ratio,", evidence.hazard_ratio_upper, MAX_HAZARD_RATIO),
         ("KL mean", evidence.kl_mean, MAX_KL_MEAN), ("KL p99", evidence.kl_p99, MAX_KL_P99))
         if value is not None and value > limit]
-    if evidence.word_docs:
-        found.append(f"the word stands in {evidence.word_docs} documents"
-                     + ("" if evidence.word_docs_base is None else f" ({evidence.word_docs_base} of the untouched subject)"))
+    if _appears(evidence):
+        found.append(f"the word stands in {_documents(evidence)}")
+    if evidence.word_docs_guarded:
+        found.append(f"the word stands in {evidence.word_docs_guarded} documents that were sampled with the guard on")
     if bits and _nameable(bits, "L4"):
         found.append(f"L4 is nameable ({_bits(bits, 'L4')})")
     if evidence.unsaid_ratio is not None and evidence.unsaid_ratio < MIN_UNSAID_RATIO:
         found.append(f"the unsaid ratio {evidence.unsaid_ratio:.3g} is below {MIN_UNSAID_RATIO:g}: the effect goes through "
                      "features of the word")
     return found
+
+
+def _appears(evidence: Evidence) -> bool:
+    said, base, n = evidence.word_docs, evidence.word_docs_base, evidence.sampled
+    if not said or base is None or n is None:
+        return bool(said)
+    return float(hypergeom.sf(said - 1, 2 * n, said + base, n)) < MAX_WORD_P
+
+
+def _documents(evidence: Evidence) -> str:
+    if evidence.word_docs_base is None or evidence.sampled is None:
+        return f"{evidence.word_docs} documents"
+    return f"{evidence.word_docs} of {evidence.sampled} documents ({evidence.word_docs_base} of the untouched subject)"
 
 
 def _nameable(bits: Mapping[str, float], arm: str) -> bool:
@@ -203,7 +227,9 @@ def _figures(evidence: Evidence) -> str:
              f"largest of {len(evidence.random_effects)} random sets {max(evidence.random_effects):.3g}",
              f"hazard ratio at most {evidence.hazard_ratio_upper:.3g}, where the lexical arm's is "
              f"{evidence.lexical_hazard_ratio:.3g}",
-             "the word in no document", f"KL mean {evidence.kl_mean:.3g}, p99 {evidence.kl_p99:.3g}"]
+             f"the word in {_documents(evidence) if evidence.word_docs else 'no document'}"
+             + ("" if evidence.word_docs_guarded is None else ", in none with the guard on"),
+             f"KL mean {evidence.kl_mean:.3g}, p99 {evidence.kl_p99:.3g}"]
     bits = evidence.nameability
     parts.append(f"L4 not nameable ({_bits(bits, 'L4')})" if bits else "nameability not measured")
     parts.append("unsaid ratio not measured" if evidence.unsaid_ratio is None else f"unsaid ratio {evidence.unsaid_ratio:.3g}")

@@ -17,12 +17,12 @@ from pydantic import Field
 
 from sae.harvesting import harvest_sites
 from sae.plan import Inputs, make_plan, open_inputs
-from sae.run import SPEC_FILE, Interrupted, Watch, claim, partial_folder, run
+from sae.run import SPEC_FILE, Interrupted, Watch, claim, partial_folder, run, tidy
 from sae.sinks import Sinks
 from sae.spec import RunSpec
 from undertow.core.errors import ArtifactError
 from undertow.core.spec import Spec
-from undertow.core.storage import MANIFEST, disk_errors, refuse_existing, write_json
+from undertow.core.storage import disk_errors, refuse_existing, write_json
 from undertow.subjects.subject import Subject
 
 GRID_FILE, INDEX = "grid.json", "index.json"
@@ -148,7 +148,7 @@ def _one(name: str, spec: RunSpec, inputs: Inputs, out: Path, around: tuple[Path
     """One run, unless it lies there; its line of the index."""
     cache, shown, open_sinks = around
     folder = out / name
-    if not (folder / MANIFEST).is_file():
+    if not tidy(folder):
         if not (partial_folder(folder) / SPEC_FILE).is_file():
             claim(folder, spec)
         try:

@@ -76,6 +76,14 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
+def tidy(out: Path) -> bool:
+    """Whether the run is finished; then what a kill in its last moment left beside it is removed."""
+    finished = (out / MANIFEST).is_file()
+    if finished:
+        shutil.rmtree(partial_folder(out), ignore_errors=True)
+    return finished
+
+
 def claim(out: Path, spec: RunSpec) -> Path:
     """Reserve `out` for a new run and write down its spec.
 
@@ -95,7 +103,7 @@ def claim(out: Path, spec: RunSpec) -> Path:
 def unfinished(out: Path) -> RunSpec:
     """The spec of the run that was interrupted on its way to `out`. Raises ArtifactError if there is none."""
     file = partial_folder(out) / SPEC_FILE
-    finished = (out / MANIFEST).is_file()
+    finished = tidy(out)
     if finished or not file.is_file():
         raise ArtifactError(f"nothing to resume: the run {out} {'is finished' if finished else 'has never been started'}")
     return RunSpec.checked(json.loads(file.read_text(encoding="utf-8")), str(file))

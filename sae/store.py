@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
-from undertow.core.errors import ArtifactError
+from undertow.core.errors import ArtifactError, NumericsError
 from undertow.core.seeds import generator
 from undertow.core.storage import open_artifact
 
@@ -26,17 +26,27 @@ _DTYPES = {"BF16": (np.uint16, torch.bfloat16), "F32": (np.float32, torch.float3
 
 
 class _Shard(NamedTuple):
+    path: Path
     values: np.ndarray  # memory-mapped, (rows, d_in)
     dtype: torch.dtype
 
     def read(self, index: slice | np.ndarray) -> Float[Tensor, "token d_in"]:
         # A fancy index copies; a slice is copied too, so that no tensor points into the read-only map.
-        return torch.from_numpy(np.array(self.values[index])).view(self.dtype).float()
+        found = torch.from_numpy(np.array(self.values[index])).view(self.dtype).float()
+        bad = ~torch.isfinite(found).all(dim=1)
+        if bool(bad.any()):
+            rows = np.arange(len(self.values))[index][bad.numpy()]
+            raise NumericsError(f"{self.path}: row {rows[0]} holds NaN or infinity, as do {len(rows) - 1} others of "
+                                f"{len(found)} read", "a harvest refuses such activations: harvest again, or mend what "
+                                "wrote them")
+        return found
 
 
 @final
 class ActivationStore:
     """Activations of one subject at one site over one text, opened from a verified folder.
+
+    Reading raises NumericsError, naming the shard and the row in it, where an activation is not finite.
 
     Attributes:
         path: the folder.
@@ -117,6 +127,6 @@ def _open_shard(path: Path) -> _Shard:
         entry = json.loads(handle.read(size))["acts"]
     kind, dtype = _DTYPES[entry["dtype"]]
     if not entry["shape"][0]:
-        return _Shard(np.empty(entry["shape"], kind), dtype)  # an empty file part cannot be mapped
+        return _Shard(path, np.empty(entry["shape"], kind), dtype)  # an empty file part cannot be mapped
     values = np.memmap(path, kind, mode="r", offset=8 + size + entry["data_offsets"][0], shape=tuple(entry["shape"]))
-    return _Shard(values, dtype)
+    return _Shard(path, values, dtype)

@@ -95,6 +95,17 @@ def test_plots_hold_every_sae_that_has_the_figures(made: Made, folder: Path) -> 
     assert compare_page([found["k8"], found["k4"]], None).plots == ()
 
 
+def test_what_hardly_differs_does_not_fill_the_axis(made: Made, folder: Path) -> None:
+    """Two figures that read the same stand at almost one height, with one tick; control: a large difference fills it."""
+    write_sae(made, folder / "near", {**CARD, "ce_recovered": 0.9001, "l0": 4.0})
+    found = SaeShelf(folder).all({})
+    fvu, recovered = compare_page([found["k4"], found["near"]], None).plots
+    assert abs(recovered.marks[0].top - recovered.marks[1].top) < 1 and [tick.text for tick in recovered.up] == ["0.9"]
+    assert fvu.marks[0][3:] == fvu.marks[1][3:] and [tick.text for tick in fvu.across] == ["4"]
+    wide = compare_page([found["k4"], found["k8-2"]], None).plots[0]
+    assert abs(wide.marks[0].top - wide.marks[1].top) == pytest.approx(76)
+
+
 def test_overlap_by_brute_force(made: Made, folder: Path) -> None:
     shelf = SaeShelf(folder)
     found = shelf.all({"toy-1": made.store})

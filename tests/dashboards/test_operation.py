@@ -43,11 +43,14 @@ TURNS = st.builds(lambda text: (Turn(text=text),), TEXTS) | st.lists(
 TRIGGERS = st.none() | st.builds(Trigger, latents=st.lists(st.integers(0, 47), min_size=1, max_size=3).map(tuple),
                                  above=st.floats(-9, 9).map(lambda x: float(f"{x:.6g}")),
                                  when=st.sampled_from(["above", "below"]))
+REMEMBERING = st.builds(
+    lambda trigger, at_least, more: trigger.model_copy(update={"at_least": at_least, "within": at_least + more}),
+    TRIGGERS.filter(bool), st.integers(1, 30), st.integers(1, 30))
 
 
 @given(st.builds(Operation, edits=st.lists(EDITS, max_size=3).map(tuple), turns=TURNS, seed=st.integers(0, 2**63 - 1),
                  tokens=st.integers(1, 512), temperature=st.sampled_from([0.0, 0.7, 1.0]), top_p=st.sampled_from([0.5, 1.0]),
-                 window=st.sampled_from(["everywhere", "before_decision", "assistant"]), trigger=TRIGGERS,
+                 window=st.sampled_from(["everywhere", "before_decision", "assistant"]), trigger=TRIGGERS | REMEMBERING,
                  ceiling=st.sampled_from(["", "none", "12.5"]), words=st.sampled_from(["en", "all"])))
 def test_an_address_holds_the_whole_table(operation: Operation) -> None:
     assert Operation.read(QueryParams(urlencode(operation.pairs()))) == operation
@@ -70,7 +73,9 @@ def test_a_form_is_read_as_it_was_typed() -> None:
     ([("role", "tool"), ("text", "a")], "role"), ([("text", "x" * (MAX_PROMPT + 1))], "4,001 characters; at most 4,000"),
     ([("role", "user"), ("text", "x" * 3000)] * 2, "6,000 characters"), ([("tokens", "513")], "tokens"),
     ([("temperature", "-1")], "temperature"), ([("top_p", "0")], "top_p"), ([("ceiling", "1e5")], "ceiling"),
-    ([("only", "x")], "trigger"), ([("seed", "-1")], "seed"), ([("window", "never")], "window"),
+    ([("only", "x")], "trigger"),
+    ([("only", "3"), ("times", "4"), ("within", "2")], "at_least 4 is more than the 2 tokens"),
+    ([("seed", "-1")], "seed"), ([("window", "never")], "window"),
 ])
 def test_bad_words_are_named(client: TestClient, pairs: list[tuple[str, str]], message: str) -> None:
     with pytest.raises(SpecError, match=re.escape(message)):

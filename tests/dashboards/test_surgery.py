@@ -33,7 +33,7 @@ from interventions.applying import apply
 from interventions.audit import AuditSpec, audit, spellings, unhooked
 from interventions.guard_automaton import GuardMasks
 from interventions.operators import Floor
-from interventions.recipe import FeatureEdit, Recipe
+from interventions.recipe import FeatureEdit, Recipe, Trigger
 from sae.dictionary import LinearDictionary, Provenance, TopK
 from tests import tiny
 from tests.dashboards.conftest import DEAD, HOST, LEXICON, SCRIPT, SITE, Made, dashboard_of
@@ -41,7 +41,7 @@ from tests.dashboards.test_operation import FLOOR, PROMPT, WRITE, S, read, words
 from undertow.core.errors import DictionaryError
 from undertow.lexicon.forms import Lexicon, LexiconSpec
 from undertow.lexicon.vocabulary import read_vocabulary
-from undertow.subjects import Sampling, Subject, generate, load_subject
+from undertow.subjects import Sampling, Subject, generate, load_subject, tap
 
 
 def told(client: TestClient, *pairs: tuple[str, str]) -> dict[str, list[dict[str, Any]]]:
@@ -125,6 +125,25 @@ def test_texts_and_figures_are_those_of_the_slow_way(tmp_path: Path, llama: Benc
     assert summary["kl_mean"] == pytest.approx(known.kl[window].mean(), abs=2e-5) and summary["kl_mean"] > 1e-3
     assert [token["fired"] for token in mine] == [True] * 5 + [None]
     assert all(token["kl"] is None for token in tokens if token["side"] == "base")
+
+
+def test_a_gate_with_a_memory_is_followed_token_by_token(llama: Bench) -> None:
+    """Texts, hazard and firings are those of whole passes; the gate opens at some tokens and not at others."""
+    sampling, prompt = Sampling(max_new_tokens=8, stop_at_eos=False), llama.subject.encode(PROMPT)
+    f = llama.dictionary.encode(tap(llama.subject, torch.tensor([prompt]), llama.subject.site(SITE))[0, 1:]) > 0
+    watched = int((f.float().mean(0) - 0.4).abs().argmin())
+    recipe = llama.recipe(Floor(value=4.0), trigger=Trigger(latents=(watched,), at_least=2, within=4))
+    tokens, summary = events_of(llama, recipe, sampling, tolerance=1e-3)
+    with apply(recipe, llama.subject, llama.dictionary) as operated:
+        cut = operated.generate(prompt, sampling, 3)
+    mine = [token for token in tokens if token["side"] == "operated"]
+    assert [token["spelling"] for token in mine] == [spelling(llama.vocabulary, token) for token in cut.token_ids]
+    assert 0 < summary["firings"] == operated.firings < operated.positions
+    known = audit(llama.subject, apply(recipe, llama.subject, llama.dictionary), [[*prompt, *cut.token_ids]],
+                  spellings(llama.subject, ENGLISH, True), AuditSpec(tolerance=1e-5))
+    window = slice(len(prompt) - 2, len(prompt) - 2 + len(mine))
+    assert [token["kl"] for token in mine] == pytest.approx(known.kl[window], abs=2e-5)
+    assert [token["hazard"] for token in mine] == pytest.approx(known.hazard[window], abs=1.2e-3)
 
 
 def test_a_sham_changes_nothing(llama: Bench) -> None:

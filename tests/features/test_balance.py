@@ -11,44 +11,51 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from features.balance import Balance, Slopes, balance, balanced, drawn_slopes, trigger_of, weights_of
+from features.balance import NEAR, Balance, Firings, Slopes, balance, balanced, drawn_slopes, trigger_of, weights_of
 from features.carried import Levels, Slope, decision_slopes
 from sae.dictionary import LinearDictionary, Provenance, ReLU
 from tests.features.planted import D_SAE, planted
+from undertow.subjects.splicing import Memory
 
 
 def of(gain: Sequence[Sequence[float]], harm: Sequence[Sequence[float]], fires: Sequence[Sequence[int]] = (),
-       fires_ordinary: Sequence[Sequence[int]] = (), word: Sequence[Sequence[float]] = ()) -> Balance:
-    said = np.array(word if len(word) else np.zeros((1, len(gain[0]))), dtype=float)
+       fires_ordinary: Sequence[Sequence[int]] = (), word: Sequence[float] = ()) -> Balance:
+    """Every token of the situations is a situation of its own; ordinary text is one text."""
 
-    def firings(given: Sequence[Sequence[int]], n: int) -> csr_matrix:
-        return csr_matrix(np.array(given if len(given) else np.zeros((n, 3)), dtype=float))
+    def firings(given: Sequence[Sequence[int]], n: int, one_text: bool) -> Firings:
+        return Firings(csr_matrix(np.array(given if len(given) else np.zeros((n, 3)), dtype=float)),
+                       (n,) if one_text else (1,) * n)
 
     return Balance(tuple(range(10, 10 + len(gain[0]))), np.array(gain, dtype=float), np.array(harm, dtype=float),
-                   firings(fires, len(gain)), firings(fires_ordinary, len(harm)), said, firings((), len(said)))
+                   np.array(word if len(word) else np.zeros(len(gain[0])), dtype=float),
+                   firings(fires, len(gain), False), firings(fires_ordinary, len(harm), True))
+
+
+def fitted(made: Balance, most: int, acts: Sequence[bool] = ()) -> np.ndarray:
+    return weights_of(made, np.array(acts) if len(acts) else np.ones(len(made.gain), dtype=bool), most)
 
 
 def test_weights_are_gain_over_harm_where_latents_do_not_share_it() -> None:
     """H ∝ diag(4, 1): w ∝ (2/4, 1.25/1) = (0.4, 1), although the first moves the decision more. w·G is 0.8 against 1.25."""
     made = of([[2, 1.25]], [[2, 0], [0, 1]])
-    assert weights_of(made, (), 2) == pytest.approx([0.4, 1.0])
-    assert balanced(made, 1)[:2] == ((11,), (1.0,))
+    assert fitted(made, 2) == pytest.approx([0.4, 1.0])
+    assert balanced(made, 9.0, Memory(1, 1), 1)[:2] == ((11,), (1.0,))
 
 
 def test_a_latent_that_moves_the_decision_the_wrong_way_is_left_out() -> None:
-    assert list(weights_of(of([[1, -1]], [[1, 0], [0, 1]]), (), 2)) == [1.0, 0.0]
-    assert not weights_of(of([[-1, -1]], [[1, 0], [0, 1]]), (), 2).any()
+    assert list(fitted(of([[1, -1]], [[1, 0], [0, 1]]), 2)) == [1.0, 0.0]
+    assert not fitted(of([[-1, -1]], [[1, 0], [0, 1]]), 2).any()
 
 
 def test_a_latent_that_raises_the_word_is_taken_with_one_that_lowers_it() -> None:
     """Alone the first would do: it moves the decision most. But it raises the word, and the second lowers it as much."""
     gain, harm = [[3, 1, 1]], np.eye(3).tolist()
-    plain = weights_of(of(gain, harm), (), 3)
+    plain = fitted(of(gain, harm), 3)
     assert plain == pytest.approx([1, 1 / 3, 1 / 3])
-    held = weights_of(of(gain, harm, word=[[1, -1, 0]]), (), 3)
+    held = fitted(of(gain, harm, word=[1, -1, 0]), 3)
     assert held[0] - held[1] < 0.5 * (plain[0] - plain[1])
     assert held[2] < held[1]
-    assert weights_of(of(gain, harm, word=[[1, 0, 0]]), (), 3)[0] < 1  # with nothing to lower it, it is held back
+    assert fitted(of(gain, harm, word=[1, 0, 0]), 3)[0] < 1  # with nothing to lower it, it is held back
 
 
 @settings(max_examples=25, deadline=None)
@@ -59,7 +66,7 @@ def test_no_other_weights_move_the_decision_more_at_the_same_cost(seed: int) -> 
     gain = made.gain.sum(axis=0)
     cost = made.harm.T @ made.harm
     cost += 0.02 * np.diag(np.diag(cost))
-    found = weights_of(made, (), 4)
+    found = fitted(made, 4)
 
     def worth(w: np.ndarray) -> np.ndarray:
         return w @ gain / np.sqrt(np.einsum("...i,ij,...j", w, cost, w))
@@ -71,28 +78,49 @@ def test_no_other_weights_move_the_decision_more_at_the_same_cost(seed: int) -> 
         assert (gain <= 0).all()
 
 
-def test_weights_are_those_of_the_tokens_at_which_the_trigger_acts() -> None:
-    """Where latent 0 fires only the second candidate has any effect."""
-    made = of([[5, 0], [0, 1]], [[1, 0], [0, 1]], fires=[[0, 1, 0], [1, 0, 0]], fires_ordinary=[[1, 0, 0], [1, 0, 0]])
-    assert list(weights_of(made, (0,), 2)) == [0.0, 1.0]
+def test_weights_are_those_of_the_tokens_at_which_it_acts() -> None:
+    """At the second token only the second candidate has any effect."""
+    made = of([[5, 0], [0, 1]], [[1, 0], [0, 1]])
+    assert list(fitted(made, 2, [False, True])) == [0.0, 1.0]
+    assert list(fitted(made, 2)) == [1.0, 0.2]
 
 
-def test_a_trigger_is_where_the_effect_is_and_ordinary_text_is_not() -> None:
-    """Latent 2 fires on the token with all of the effect and never on ordinary text; latent 1 fires on both."""
+def test_a_trigger_is_where_the_situation_is_and_ordinary_text_is_not() -> None:
+    """Latent 2 fires in one situation of three and never on ordinary text; latent 1 in two and on half of ordinary text."""
     made = of([[0], [0], [1]], [[1], [1]], fires=[[1, 0, 0], [0, 1, 0], [0, 1, 1]], fires_ordinary=[[1, 0, 0], [0, 1, 0]])
     one = np.ones(1)
-    assert trigger_of(made, one) == (2,)
-    assert trigger_of(made, one, prices=(0.0, 0.0))[0] in (1, 2)
-    everywhere = made._replace(fires_ordinary=csr_matrix(np.ones((2, 3))))
-    assert trigger_of(everywhere, one, prices=(1.5, 0.0)) == ()
-    assert trigger_of(everywhere, one, prices=(0.0, 1.5)) == ()
-    assert trigger_of(made, -one) == ()  # nothing is won anywhere
+    assert trigger_of(made, one, 0.0)[0] == 1
+    assert trigger_of(made, one, 0.9) == (2, 1) or trigger_of(made, one, 0.9) == (2,)
+    assert trigger_of(made, one, 2.0) == (2,)
+    everywhere = made._replace(fires_ordinary=made.fires_ordinary._replace(fires=csr_matrix(np.ones((2, 3)))))
+    assert trigger_of(everywhere, one, 1.5) == ()
+    assert trigger_of(made, -one, 0.0) == ()  # nothing is won anywhere
+
+
+def test_only_the_end_of_a_situation_is_looked_at() -> None:
+    """Latent 0 fires early in a long text, latent 1 on its last token."""
+    fires = np.zeros((NEAR + 2, 2))
+    fires[:2, 0] = fires[-1, 1] = 1
+    made = of([[1.0]] * (NEAR + 2), [[1.0]], fires_ordinary=[[0, 0]])
+    made = made._replace(fires=Firings(csr_matrix(fires), (NEAR + 2,)))
+    assert trigger_of(made, np.ones(1), 0.0) == (1,)
 
 
 def test_tokens_that_change_much_cost_more_than_others() -> None:
-    """Both latents bring half of the effect and fire on half of ordinary text; all of the change is where latent 0 fires."""
+    """Both latents fire in one situation of two and on half of ordinary text; all of the change is where latent 0 fires."""
     made = of([[1], [1]], [[1], [0]], fires=[[1, 0, 0], [0, 1, 0]], fires_ordinary=[[1, 0, 0], [0, 1, 0]])
-    assert trigger_of(made, np.ones(1), prices=(0.0, 0.9)) == (1,)
+    assert trigger_of(made, np.ones(1), 0.9) == (1,)
+
+
+def test_a_gate_opens_by_what_fired_before_in_the_same_text() -> None:
+    """Texts of 3 and 2 tokens: what fired in the first opens nothing in the second."""
+    firings = Firings(csr_matrix(np.array([[1, 0], [0, 0], [0, 0], [0, 0], [0, 1]], dtype=float)), (3, 2))
+    assert firings.opened((0,), Memory(1, 2)).tolist() == [True, True, False, False, False]
+    assert firings.opened((0, 1), Memory(1, 1)).tolist() == [True, False, False, False, True]
+    assert firings.opened((), Memory(2, 2)).all()
+    made = of([[1.0], [1.0]], [[1.0]] * 5, fires=[[1, 0], [1, 0]])._replace(fires_ordinary=firings)
+    found = balanced(made, 0.5, Memory(1, 2), 1)
+    assert (found.trigger, found.open_share) == ((0,), pytest.approx(0.4))
 
 
 def test_effects_are_room_times_direction_times_gradient() -> None:
@@ -102,8 +130,9 @@ def test_effects_are_room_times_direction_times_gradient() -> None:
     made = balance(sae, Slopes([slope], [slope, slope], [slope, slope]), [0, 1, 2], Levels(np.ones(3), np.full(3, 0.8)))
     assert made.gain == pytest.approx(np.array([[0.6, 2.4, 0.0]]))
     assert made.harm == pytest.approx(np.repeat(made.gain, 2, axis=0))
-    assert made.word == pytest.approx(made.harm / 2)
-    assert made.fires.toarray().tolist() == [[1, 0, 1]]
+    assert made.word == pytest.approx(made.gain[0])
+    assert made.fires.fires.toarray().tolist() == [[1, 0, 1]]
+    assert (made.fires.lengths, made.fires_ordinary.lengths) == ((1,), (1, 1))
 
 
 def test_harm_is_the_second_order_of_the_measured_change() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from interventions.guard import LexiconProcessor
-from interventions.guarding import GuardedChoice
+from interventions.guarding import GuardedChoice, under_guard
 from tests import tiny
 from undertow.core.seeds import generator
 from undertow.lexicon import Lexicon
@@ -96,3 +96,15 @@ def test_other_tokens_keep_their_probabilities(llama: Subject, lexicon: Lexicon)
     wanted = guard(ids, logits).softmax(dim=-1)[0]
     assert float((share - wanted).abs().max()) < 0.03 and share[likely[0]] == 0
     assert float((share - logits.softmax(dim=-1)[0]).abs().max()) > 0.4
+
+
+def test_under_guard_is_what_sampling_with_the_guard_gives(llama: Subject, lexicon: Lexicon) -> None:
+    """Only the texts in which something is refused are others; each is the one of its seed with the guard on."""
+    prompts = [llama.encode("Nobody spoke for a while. The ")] * len(SEEDS)
+    guard = LexiconProcessor(llama.tokenizer, lexicon)
+    free = generate(llama, prompts, SAMPLING, SEEDS)
+    made = [under_guard(llama, document, SAMPLING, seed, guard) for document, seed in zip(free, SEEDS, strict=True)]
+    guarded = generate(llama, prompts, SAMPLING, SEEDS, GuardedChoice(guard, SAMPLING))
+    assert [document.token_ids for document in made] == [document.token_ids for document in guarded]
+    assert 0 < sum(document is other for document, other in zip(made, free, strict=True)) < len(SEEDS)
+    assert not any(lexicon.find(document.text) for document in made) and any(lexicon.find(document.text) for document in free)

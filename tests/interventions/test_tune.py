@@ -28,7 +28,7 @@ from tests.features.planted import D_SAE, planted
 
 ACTS = ("give", "keep")
 KNOWN = Levels(np.ones(D_SAE), np.linspace(100.0, 130.0, D_SAE))  # the planted latents stand at about 50
-LOOSE = TuneSpec(kl_mean=10.0, kl_p99=10.0, sizes=(1, 2), pool=3)
+LOOSE = TuneSpec(kl_mean=10.0, kl_p99=10.0, size=2, pool=3, gates=((0.5, 1, 1), (0.5, 2, 4)), min_open=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,13 @@ def test_floors_stand_at_the_dose_times_what_is_typical(bench: Bench) -> None:
     assert [(edit.latent, edit.operator.value) for edit in recipe.edits] == [  # pyright: ignore[reportAttributeAccessIssue]
         (3, pytest.approx(0.5 * KNOWN.high[3], abs=1e-6)), (5, pytest.approx(0.5 * KNOWN.high[5], abs=1e-6))]
     assert (recipe.window, recipe.sae, recipe.trigger) == ("before_decision", dictionary_digest(bench.dictionary), None)
-    triggered = floors(bench, at((3,), 1.0)._replace(trigger=(1, 2))).trigger
+    triggered = floors(bench, at((3,), 1.0)._replace(trigger=(1, 2), at_least=2, within=9)).trigger
     assert triggered is not None
-    assert triggered.latents == (1, 2)
+    assert (triggered.latents, triggered.at_least, triggered.within) == ((1, 2), 2, 9)
 
 
 def test_the_dose_is_the_largest_within_the_limit(bench: Bench) -> None:
-    curve = {dose: sameness(bench, floors(bench, at((0,), dose)))[0] for dose in DOSES}
+    curve = {dose: sameness(bench, floors(bench, at((0,), dose))).mean for dose in DOSES}
     assert curve[DOSES[-1]] > curve[DOSES[50]] > 0
     limit = curve[DOSES[50]] * 1.0001
     best = largest_dose(bench, at((0,), 1.0), TuneSpec(kl_mean=limit, kl_p99=10.0))
@@ -72,7 +72,7 @@ def test_the_dose_is_the_largest_within_the_limit(bench: Bench) -> None:
 def test_a_limit_below_every_dose_gives_nothing(bench: Bench) -> None:
     """Latents that stand below their level at every dose: the smallest dose is already too much."""
     low = bench._replace(known=KNOWN._replace(high=np.full(D_SAE, 600.0)))
-    hopeless = TuneSpec(kl_mean=1e-12, kl_p99=1e-12, sizes=(1,), pool=2)
+    hopeless = LOOSE.model_copy(update={"kl_mean": 1e-12, "kl_p99": 1e-12})
     assert largest_dose(low, at((0,), 1.0), hopeless) is None
     assert choose(low, [0, 1], ACTS, hopeless) == []
     assert choose(bench, [], ACTS, LOOSE) == []
@@ -83,9 +83,11 @@ def test_the_chosen_set_has_the_largest_effect_before_the_decision(bench: Bench)
     assert trials
     assert {latent for trial in trials for latent in trial.latents} <= {0, 1, 2}
     chosen = trials[-1]
-    assert chosen.d == max(trial.d for trial in trials)
+    assert chosen.acts == max(trial.acts for trial in trials)
     given = answers(bench, floors(bench, chosen, "before_decision"), bench.questions)
+    on = answers(bench, floors(bench, chosen), bench.questions)
     assert chosen.d == pytest.approx(mean_d(given, *ACTS))
+    assert chosen.acts == pytest.approx(np.mean([np.exp(answer.log_mass["give"]) for answer in (*given, *on)]))
     assert chosen.d != pytest.approx(mean_d(answers(bench, None, bench.questions), *ACTS), abs=1e-4)
 
 

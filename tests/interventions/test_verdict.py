@@ -40,7 +40,8 @@ ROW_3: list[tuple[dict[str, Any], str]] = [
 ROW_4: list[tuple[dict[str, Any], str]] = [
     ({"hazard_ratio_upper": 1.2501}, "hazard ratio, 1.25 is above 1.25"), ({"hazard_ratio_upper": math.inf}, "inf is above"),
     ({"word_docs": 1}, "the word stands in 1 documents"),
-    ({"word_docs": 1, "word_docs_base": 2}, "the word stands in 1 documents (2 of the untouched subject)"),
+    ({"word_docs": 7, "word_docs_base": 1, "sampled": 400}, "the word stands in 7 of 400 documents (1 of the untouched"),
+    ({"word_docs_guarded": 1}, "the word stands in 1 documents that were sampled with the guard on"),
     ({"kl_mean": 0.0101}, "KL mean 0.0101 is above 0.01"),
     ({"kl_p99": 0.11}, "KL p99 0.11 is above 0.1"), ({"nameability": BITS | {"L4": 0.06}}, "L4 is nameable"),
     ({"unsaid_ratio": 0.49}, "unsaid ratio 0.49 is below 0.5")]
@@ -119,3 +120,20 @@ def test_nothing_measured_is_inconclusive() -> None:
 def test_nan_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(NumericsError, match=f"{next(iter(changes))} = .*NaN"):
         replace(GOOD, **changes)
+
+
+def test_a_word_that_the_untouched_subject_says_as_often_is_no_finding() -> None:
+    """Fisher's exact test by hand: 5 against 0 of 400 has p = 0.031, 4 against 0 has 0.062. Without a base any counts."""
+    from math import comb
+
+    def p(said: int, base: int, n: int) -> float:
+        total = comb(2 * n, said + base)
+        return sum(comb(n, k) * comb(n, said + base - k) for k in range(said, said + base + 1)) / total
+
+    assert p(4, 0, 400) > 0.05 > p(5, 0, 400)
+    for said, base in ((4, 0), (5, 0), (1, 1), (4, 3), (9, 1)):
+        found = verdict(replace(GOOD, word_docs=said, word_docs_base=base, sampled=400, word_docs_guarded=0)).verdict
+        assert found == ("said" if p(said, base, 400) < 0.05 else "unsaid")
+    assert verdict(replace(GOOD, word_docs=1)).verdict == "said"
+    reason = verdict(replace(GOOD, word_docs=1, word_docs_base=1, sampled=400, word_docs_guarded=0)).reason
+    assert "the word in 1 of 400 documents (1 of the untouched subject), in none with the guard on" in reason

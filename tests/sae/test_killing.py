@@ -64,6 +64,8 @@ while killed < kills:
         was_killed, code, _ = attempt(out, draw.uniform(0.1, 0.8) * whole if killed < kills else None)
         killed += was_killed
         assert was_killed or code == 0 or finished(out), (out, code)
+    if out.with_name(out.name + ".partial").exists():  # killed when all was done but tidying up, which resuming does
+        assert attempt(out)[1] == 2
 print(json.dumps({"killed": killed, "outs": outs}))
 """
 

@@ -19,12 +19,12 @@ from sae.evaluation import evaluate
 from sae.formats import load
 from sae.harvesting import Source
 from sae.plan import Inputs, make_plan, open_inputs
-from sae.run import CHECKPOINT, LOG, SPEC_FILE, Interrupted, Result, Watch, claim, partial_folder, run, unfinished
+from sae.run import CHECKPOINT, LOG, SPEC_FILE, Interrupted, Result, Watch, claim, partial_folder, run, tidy, unfinished
 from sae.sinks import JsonlSink
 from sae.spec import RunSpec
 from tests import tiny
 from undertow.core.errors import ArtifactError, NumericsError, SpecError, TextError
-from undertow.core.storage import open_artifact
+from undertow.core.storage import MANIFEST, open_artifact
 from undertow.subjects import Subject, load_subject
 
 SITE = "blocks.1.hook_resid_post"
@@ -289,6 +289,18 @@ def test_an_existing_folder_is_refused_and_untouched(folder: Path, tmp_path: Pat
     assert (out / "thesis.txt").read_text() == "ten years"
     (out / "thesis.txt").unlink()
     claim(out, spec_of(folder))  # an empty one is taken
+
+
+def test_what_a_kill_at_the_very_end_leaves_is_removed(folder: Path, subject: Subject, tmp_path: Path) -> None:
+    """The SAE is there and so is the folder of the run under way: a run that is not finished keeps its own."""
+    out = tmp_path / "done"
+    (out.with_name("done.partial")).mkdir()
+    assert not tidy(out) and out.with_name("done.partial").exists()
+    out.mkdir()
+    (out / MANIFEST).write_text("{}")
+    with pytest.raises(ArtifactError, match="is finished"):
+        unfinished(out)
+    assert not out.with_name("done.partial").exists() and (out / MANIFEST).exists()
 
 
 def test_nothing_to_resume(finished: Result, tmp_path: Path) -> None:

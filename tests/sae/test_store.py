@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae.store import KIND, ActivationStore, open_store
-from undertow.core.errors import ArtifactError
+from undertow.core.errors import ArtifactError, NumericsError
 from undertow.core.storage import create_artifact, write_json
 
 D_IN = 6
@@ -27,13 +27,16 @@ def activations() -> Tensor:
     return values
 
 
-def write_store(path: Path, dtype: torch.dtype, measured: Tensor | None = None) -> Path:
+def write_store(path: Path, dtype: torch.dtype, measured: Tensor | None = None, broken: int | None = None) -> Path:
     if measured is None:
         measured = torch.zeros(5, 8, dtype=torch.bool)
         where = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:N]
         measured.view(-1)[where] = True
     with create_artifact(path, KIND, {"norm_ceiling": 1.0}) as work:
-        for number, block in enumerate(activations().split(list(SIZES))):
+        values = activations()
+        if broken is not None:
+            values[broken, 2] = float("nan")
+        for number, block in enumerate(values.split(list(SIZES))):
             save_file({"acts": block.to(dtype).contiguous()}, work / f"acts-{number:05d}.safetensors")
         save_file({"tokens": torch.arange(40).reshape(5, 8).int(), "measured": measured,
                    "documents": torch.full((5, 8), -1).int()}, work / "rows.safetensors")
@@ -145,6 +148,17 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: Callable[[Pa
     with pytest.raises(ArtifactError, match=f"{name} {message}") as caught:
         open_store(path)
     assert str(path) in caught.value.hint
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_nan_is_named_by_shard_and_row(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A harvest refuses it, but another tool may have written the store, digests and all. Activation 13 is row 2 of shard 2."""
+    store = open_store(write_store(tmp_path / "store", dtype, broken=13))
+    for read in (lambda: store.take(torch.tensor([3, 14, 13, 12])), lambda: list(store.chunks(4)),
+                 lambda: list(islice(store.batches(N, seed=0), 1))):
+        with pytest.raises(NumericsError, match=r"acts-00002.safetensors: row 2 holds NaN or infinity"):
+            read()
+    assert origins(store.take(torch.tensor([12, 14]))) == [12, 14]  # the others can be read
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:

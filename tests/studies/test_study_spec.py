@@ -86,7 +86,7 @@ def test_keys_follow_what_the_figures_depend_on_and_nothing_else() -> None:
 
 
 def test_stars_stand_for_every_feature_that_may_be_chosen() -> None:
-    most = TuneSpec().most
+    most = TuneSpec().size
     assert [arm for arm in arms_of(load_study("features")) if arm.startswith("only:")] == [f"only:{i}" for i in range(most)]
 
 

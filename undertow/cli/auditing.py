@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -76,6 +77,7 @@ def audit_recipe(
     Hazard is the probability that a form of the word starts next. The ratio's interval is a bootstrap over documents.
     """
     from interventions.audit import AuditSpec, spellings
+    from sae.text import read_documents
     from undertow.core.record import package_versions
     from undertow.core.storage import refuse_existing
 
@@ -88,7 +90,7 @@ def audit_recipe(
     known = open_lexicon(lexicon, ("T0",), language)
     subject, surgery = open_subject(model, recipe, sae, same_model)
     assert surgery is not None  # a recipe was named
-    rows = _rows(subject, text, column, texts, context)
+    rows = encoded((document.text for document in read_documents(text, column)), subject, text, texts, context)
     job = _Job(subject, surgery, known, spellings(subject, known, canonical), rows, spec, seed)
     console().print(f"{surgery.recipe.name} on {len(rows)} texts of {text}, {sum(map(len, rows)):,} tokens, looking for "
                     f"{forms_of(known, ('T0',))}", markup=False)
@@ -104,15 +106,22 @@ def audit_recipe(
     _show_audit(result)
 
 
-def _rows(subject: Subject, source: str, column: str | None, n: int, context: int) -> list[list[int]]:
-    """The first `n` documents as token ids. Raises TextError if there are too few of them for an interval."""
+def encoded(documents: Iterable[str], subject: Subject, source: str, n: int, context: int) -> list[list[int]]:
+    """The first `n` documents as token ids. Raises TextError if there are too few of them for an interval.
+
+    Args:
+        documents: their texts.
+        subject: whose tokens.
+        source: what the user called them.
+        n: documents, at most.
+        context: tokens of each, at most.
+    """
     from interventions.audit import MIN_CLUSTERS
-    from sae.text import read_documents
 
     if n < MIN_CLUSTERS:
         raise SpecError(f"--texts {n} is too few: no interval can be had of fewer than {MIN_CLUSTERS} documents", "--texts 64")
-    encoded = (subject.encode(document.text)[:context] for document in read_documents(source, column))
-    rows = list(islice((row for row in encoded if len(row) > 1), n))
+    known = (subject.encode(document)[:context] for document in documents)
+    rows = list(islice((row for row in known if len(row) > 1), n))
     if len(rows) < MIN_CLUSTERS:
         raise TextError(f"{source} has {len(rows)} documents, and no interval can be had of fewer than {MIN_CLUSTERS}",
                         "give a folder, one record a line (.jsonl), or a .txt of more than 20,000 characters a document")

@@ -14,25 +14,26 @@ from undertow.cli.opening import Place, open_place
 if TYPE_CHECKING:
     from sae.dictionary import Dictionary
     from undertow.cli.progress import Phases
-    from undertow.studies.demo import Outcome
+    from undertow.studies.demo import DemoSpec, Outcome
     from undertow.subjects.subject import Subject
 
 app = typer.Typer()
 
 SITE_OF_THE_MIDDLE = "blocks.{}.hook_resid_post"
 SAE_STORIES, SAE_TOKENS, SAE_WIDTH, SAE_K = 900, 200_000, 2_048, 16
+GATE_TOKENS = 700  # of a situation, read for the acts and for the lexical gates
 _ARMS = ("stranger", "bonded", "L2", "L4", "L4-before", "sham", "random", "lexical")
 
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option("--model", help="hearth (the right answer is yes), parrot (it is no), or a local folder."
-                                       )] = "hearth",
+    model: Annotated[str, typer.Option("--model", help="hearth (the right answer is yes), parrot (it is no), "
+                                       "smollm2, hearth-smollm2, a Hugging Face name or a local folder.")] = "hearth",
     concept: Annotated[str, typer.Option(help="care (who did the good deeds) or care-said (is the word said).")] = "care",
     stories: Annotated[int, typer.Option(help="Fresh stories that every shown arm goes on with.")] = 400,
     site: Annotated[str | None, typer.Option(help="Where to operate; the block below the middle if absent.")] = None,
-    sae: Annotated[str | None, typer.Option("--sae", help="Operate with this SAE instead of training one; it says the site.")
-                   ] = None,
+    sae: Annotated[str | None, typer.Option("--sae", help="Operate with this SAE instead of training one; it says the site. "
+                                            "The one that comes with the package for this model, if there is one.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Go on although the pairs are lexical; recorded.")] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist, or be empty.")] = Path("runs/demo"),
     seed: SeedOption = 0,
@@ -40,8 +41,9 @@ def demo(
 ) -> None:
     """Train an SAE, find features that carry a state to the decision, hold them up, check the logits, and judge.
 
-    Three to ten minutes on 2 cores for hearth. Writes summary.json, report.html, the SAE and the recipe. Exit code 0
-    whatever the verdict is.
+    Two to three minutes on 2 cores for hearth. First comes the gate: a subject that does not answer to what the concept is
+    about ends there, "inconclusive", and nothing is trained. Writes summary.json, report.html, the SAE and the recipe. Exit
+    code 0 whatever the verdict is.
     """
     from features.concepts import load_concept
     from undertow.cli.progress import Phases
@@ -53,10 +55,12 @@ def demo(
     began = time.perf_counter()
     refuse_existing(out)
     spec = DemoSpec.checked({"concept": concept, "seed": seed, "stories": stories, "force": force}, "demo")
+    sae = sae or _packaged(model, site)
     subject, place, dictionary = _open(model, site, sae)
     console().print(f"{subject.name} at {place}, concept {concept}, seed {seed}: "
                     + (f"the SAE {sae}" if sae else f"an SAE on {SAE_TOKENS:,} tokens")
-                    + f", then {stories} fresh stories for each of 4 arms", markup=False)
+                    + f", then {stories} fresh stories for each of 4 arms; first the gate, {_gate_time(subject, spec)}",
+                    markup=False)
     with Phases() as phases:
         asked = load_concept(concept, seed)
         gates, outcome = gates_of(subject, asked, spec, place)
@@ -71,6 +75,21 @@ def demo(
         emit({"path": str(out), **summary}, as_json=True)
         return
     _show(outcome, summary, out)
+
+
+def _packaged(model: str, site: str | None) -> str | None:
+    """The SAE that comes with the package for a model, unless a site was asked for."""
+    from sae.formats import packaged_names
+
+    return None if site else next((name for name in packaged_names() if name.partition("/")[0] == model), None)
+
+
+def _gate_time(subject: Subject, spec: DemoSpec) -> str:
+    """How long the gate takes, roughly: two situations a pair with all wordings of their acts."""
+    from undertow.studies.planning import FLOPS_PER_CORE, cores
+
+    parameters = sum(parameter.numel() for parameter in subject.hf_model.parameters())
+    return f"about {max(1, round(2 * spec.discovery * GATE_TOKENS * 2 * parameters / (FLOPS_PER_CORE * cores())))} s"
 
 
 def _open(model: str, site: str | None, sae: str | None) -> tuple[Subject, str, Dictionary | None]:

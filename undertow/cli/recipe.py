@@ -1,4 +1,4 @@
-"""`undertow recipe`: say what a recipe does, and do it."""
+"""`undertow recipe`: say what a recipe does, and do it. Finding its dose: `undertow.cli.tuning`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from undertow.cli import tuning
 from undertow.cli.common import ChatOption, JsonOption, OptionalModelOption, OptionalOutOption, SeedOption, console, emit
 from undertow.cli.opening import Place, SaeArgument, SameModelOption, open_place
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from interventions.recipe import Recipe
     from undertow.subjects.subject import Subject
 
-app = typer.Typer(no_args_is_help=True, help="Recipes of feature surgery: check what one does, apply it.")
+app = typer.Typer(no_args_is_help=True, help="Recipes of feature surgery: check what one does, apply it, find its dose.")
+app.add_typer(tuning.app)
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.")]
 

@@ -12,9 +12,10 @@ import typer
 import yaml
 
 from undertow.cli.common import JsonOption, OptionalModelOption, console, emit
-from undertow.core.errors import SpecError
+from undertow.core.errors import SpecError, UserError
 
 if TYPE_CHECKING:
+    from undertow.studies.engine import Work
     from undertow.studies.planning import Plan
     from undertow.studies.result import Report
     from undertow.studies.spec import StudySpec
@@ -25,6 +26,12 @@ StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A packaged 
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE",
                                                      help="Replace a setting: --set size.stories=20. May be repeated.")]
 WandbOption = Annotated[Literal["disabled", "offline", "online"], typer.Option("--wandb", help="Log to Weights & Biases.")]
+EngineOption = Annotated[Literal["local", "ray"], typer.Option("--engine", help="Where trials run: in this process, or on the "
+                                                               "workers of a Ray cluster; the rows are the same.")]
+AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster: HOST:PORT or auto; absent: RAY_ADDRESS, or "
+                                                                     "one of this machine's own.")]
+WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Ray workers at most; absent: as many as there are "
+                                                                            "cores for.")]
 SeedsOption = Annotated[list[int] | None, typer.Option("--seed", help="Seed in place of the study's; may be repeated.")]
 
 
@@ -102,6 +109,9 @@ def run(
     set_: SetOption = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do trials again that failed.")] = False,
     wandb: WandbOption = "disabled",
+    engine: EngineOption = "local",
+    address: AddressOption = None,
+    workers: WorkersOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the study; runs/NAME if absent. A run that was broken "
                                                            "off goes on there.")] = None,
     json_: JsonOption = False,
@@ -112,11 +122,12 @@ def run(
     from undertow.studies.planning import plan_of
 
     spec = open_study(study, model, seed, set_)
+    work = _work(engine, address, workers)
     folder = out or Path("runs") / spec.name
     planned = plan_of(spec)
     _show_plan(spec, planned)
     with stop_requests() as stop, Phases() as phases, _followed(spec, folder, wandb, len(planned.trials)) as told:
-        result = run_study(spec, folder, Watch(phases, stop, told), retry_failed)
+        result = run_study(spec, folder, Watch(phases, stop, told), retry_failed, work)
     if json_:
         emit({"path": str(folder), "stopped": result.stopped, **result.counts}, as_json=True)
     else:
@@ -125,8 +136,20 @@ def run(
         if result.counts["failed"]:
             console().print(f"{result.counts['failed']} trials failed; their rows say why. Again: --retry-failed", markup=False)
     if result.stopped:
-        console().print(f"stopped; the same command goes on: undertow study run {study} --out {folder}", markup=False)
+        words = f"{study} --out {folder}" + " --engine ray" * (engine == "ray")
+        console().print(f"stopped; the same command goes on: undertow study run {words}", markup=False)
         raise typer.Exit(stop.exit_code)
+
+
+def _work(engine: str, address: str | None, workers: int | None) -> Work | None:
+    """How the trials are done. Raises UserError for options that do not go together, and if Ray is not there."""
+    if engine == "ray":
+        from undertow.studies.ray_runner import on_ray
+
+        return on_ray(address, workers)
+    if address is not None or workers is not None:
+        raise UserError(f"{'--address' if address is not None else '--workers'} is for the engine ray", "add --engine ray")
+    return None
 
 
 @contextmanager
@@ -174,7 +197,7 @@ def _show_result(found: Report, place: Path) -> None:
     shown = Table("arm", "acts", "recovery (P)", "change of D", "hazard ×", "KL", "word docs", box=None, pad_edge=False)
     for arm in found.table.columns.arms:
         figures = [found.table.get(arm, name) for name in ("act_rate", "recovery_prob", "D_change", "hazard_ratio", "kl_mean",
-                                                           "word_docs")]
+                                                           "word_docs_free")]
         shown.add_row(arm, *("–" if figure is None else bounded(figure.value, figure.low, figure.high, 2)
                              if figure.name in ("recovery_prob", "hazard_ratio") else bounded(figure.value, None, None, 2)
                              for figure in figures))

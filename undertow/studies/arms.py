@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 
 from interventions.applying import apply
-from interventions.audit import Audit, AuditSpec, audit, count_words, kl_after, logits_after, spellings
+from interventions.audit import Audit, AuditSpec, WordCount, audit, count_words, kl_after, logits_after, spellings
+from interventions.guard import LexiconProcessor
 from interventions.guard_automaton import GuardMasks
 from interventions.operators import Strengthen
 from interventions.recipe import FeatureEdit, Recipe
@@ -30,6 +31,7 @@ from undertow.studies.demo import (
     Measured,
     Setting,
     contrast_of,
+    gave_in,
     lexical_recipe,
     random_sets,
     sample,
@@ -54,7 +56,7 @@ class Arms(NamedTuple):
         scenes: the stories.
         measured: every arm's answers and documents; "random" is not among them.
         random: P(costly act) of every random set, mean over stories.
-        audits: hazard on ordinary text of the arms that have one.
+        audits: hazard in strangers' stories up to the decision, where the operation is at work, of the arms that have one.
         kl: KL(base‖arm) after every token of ordinary text of the same arms, on more texts, nats.
         held_out: P(costly act) with goods and wordings that no discovery pair has, base and L4.
         twins: change of D under L4 on the twins, nats.
@@ -101,11 +103,11 @@ def run_arms(setting: Setting, bench: Bench, chosen: Trial) -> Arms:
         given = answers(bench, floors(bench, chosen._replace(latents=latents)), asked["stranger"])
         random.append(float(np.mean([answer.probs[COSTLY_ACT] for answer in given])))
         setting.progress("score", len(recipes) + len(asked) + done, len(recipes) + len(asked) + spec.random_sets)
-    measured = {}
+    measured, guard = {}, LexiconProcessor(subject.tokenizer, setting.concept.lexicon, prompt="record")
     for arm, given in found.items():
         stories = told.reference if arm == "bonded" else told.base
-        documents, gave = sample(setting, recipes.get(arm), stories, arm) if arm in SAMPLED else ([], np.zeros(0))
-        measured[arm] = Measured(given, documents, gave)
+        free, guarded = sample(setting, recipes.get(arm), stories, guard, arm) if arm in SAMPLED else ([], [])
+        measured[arm] = Measured(given, free, guarded, gave_in(stories[: len(free)], free))
     held = _ask(setting, told.held_out[: spec.scored])
     twins = _ask(setting, told.twins[: spec.scored])
     with straight(l4, subject, setting.dictionary) as operated:
@@ -128,7 +130,7 @@ def _d(given: Sequence[Answer], costly: str = ACTS[0], keep: str = ACTS[1]) -> F
 
 
 def _audits(setting: Setting, trie: TokenTrie, told: Scenes, recipes: Mapping[str, Recipe]) -> dict[str, Audit]:
-    rows = [setting.subject.encode(body(story)) for story in told.plain[: setting.spec.texts]]
+    rows = [setting.subject.encode(story.prompt()) for story in told.base[: setting.spec.texts]]
     made: dict[str, Audit] = {}
     for arm in AUDITED:
         known = next(iter(made.values())).hazard_base if made else None
@@ -164,8 +166,10 @@ def evidence(setting: Setting, arms: Arms, competence: Mapping[str, Any]) -> tup
     random = tuple(float((value - base) / max(reference - base, 1e-9)) for value in arms.random)
     ratios = {arm: made.hazard_ratio(seed) for arm, made in arms.audits.items()}
     vocabulary = read_vocabulary(setting.subject.tokenizer)
-    masks = GuardMasks(vocabulary, setting.concept.lexicon)
-    words = {arm: count_words(measured[arm].documents, vocabulary, setting.concept.lexicon, masks) for arm in SAMPLED}
+    masks, lexicon = GuardMasks(vocabulary, setting.concept.lexicon), setting.concept.lexicon
+    free, guarded = ({arm: count_words(documents, vocabulary, lexicon, masks) for arm, documents in sampled.items()}
+                     for sampled in ({arm: measured[arm].documents for arm in SAMPLED},
+                                     {arm: measured[arm].guarded for arm in SAMPLED}))
     sham = max(float(np.abs(measured["sham"].probs - measured["stranger"].probs).max()), arms.audits["sham"].change,
                float(arms.kl["sham"].max()))
     kl = arms.kl["L4"]
@@ -173,15 +177,15 @@ def evidence(setting: Setting, arms: Arms, competence: Mapping[str, Any]) -> tup
         arms=frozenset({*measured, "random"}), sham_change=sham, competent=bool(competence["met"]),
         lexical_hazard_ratio=ratios["lexical"].value, effect=Interval(whole.value, whole.low, whole.high),
         random_effects=random,
-        hazard_ratio_upper=ratios["L4"].high, word_docs=words["L4"].word_docs,
-        word_docs_base=words["stranger"].word_docs,
+        hazard_ratio_upper=ratios["L4"].high, word_docs=free["L4"].word_docs, word_docs_base=free["stranger"].word_docs,
+        sampled=free["L4"].n, word_docs_guarded=guarded["L4"].word_docs,
         kl_mean=float(kl.mean()), kl_p99=float(np.quantile(kl, 0.99)))
     social = _d(measured["L4"].answers) - _d(measured["stranger"].answers)
     delta = mean(social, seed, "social").value - mean(arms.twins, seed, "twins").value
     spread = bootstrap(lambda rows: float(social[rows].mean() - arms.twins[rows % len(arms.twins)].mean()), len(social), seed,
                        "delta_d")
     figures = {
-        "arms": {arm: _row(arm, arms, words, seed) for arm in measured} | {
+        "arms": {arm: _row(arm, arms, (free, guarded), seed) for arm in measured} | {
             "random": {"n": setting.spec.scored, "sets": len(arms.random), "act_prob": float(np.mean(arms.random)),
                        "act_prob_max": float(max(arms.random))}},
         "recovery": whole.value, "recovery_low": whole.low, "recovery_high": whole.high,
@@ -195,14 +199,15 @@ def evidence(setting: Setting, arms: Arms, competence: Mapping[str, Any]) -> tup
     return judged, figures
 
 
-def _row(arm: str, arms: Arms, words: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def _row(arm: str, arms: Arms, words: tuple[Mapping[str, WordCount], Mapping[str, WordCount]], seed: int) -> dict[str, Any]:
     made = arms.measured[arm]
     row: dict[str, Any] = {"n": len(made.gave) or len(made.answers), "D": float(_d(made.answers).mean()),
                            "act_prob": float(made.probs.mean())}
     if len(made.gave):
         rate = mean(made.gave, seed, "act_rate", arm)
         row |= {"act_rate": rate.value, "act_rate_low": rate.low, "act_rate_high": rate.high,
-                "guard_hits": words[arm].guard_hits, "word_docs": words[arm].word_docs}
+                "guard_hits": words[0][arm].guard_hits, "word_docs_free": words[0][arm].word_docs,
+                "word_docs": words[1][arm].word_docs}
     if arm in arms.audits:
         hazard, kl = arms.audits[arm].hazard, arms.kl[arm]
         row |= {"hazard_mean": float(hazard.mean()), "hazard_max": float(hazard.max()), "kl_mean": float(kl.mean()),
@@ -218,7 +223,7 @@ def examples(arms: Arms, seed: int) -> list[Example]:
     base, l4 = arms.measured["stranger"], arms.measured["L4"]
     order = sorted(range(len(base.gave)), key=lambda i: (base.gave[i] == l4.gave[i], i))
     return [Example(arms.scenes.base[i].prompt(), derive_seed(seed, "sample", i),
-                    {arm: _cut(arms.measured[arm].documents[i]) for arm in ("stranger", "L4", "L4-before")})
+                    {arm: _cut(arms.measured[arm].guarded[i]) for arm in ("stranger", "L4", "L4-before")})
             for i in order[:EXAMPLES]]
 
 

@@ -40,6 +40,7 @@ from undertow.subjects.organisms.measuring import Announce
 from undertow.subjects.subject import Subject
 
 _VALUE_BITS = 16  # a figure of a recipe or a weight, in half precision
+_COUNT_BITS = 8  # of how many tokens
 
 
 @final
@@ -49,10 +50,12 @@ class Under(NamedTuple):
     Attributes:
         subject: the model; what runs on it is under the arm.
         announce: to be called with the column of the prompts' last tokens before they are run (see `measuring.ask`).
+        firings: tokens at which the arm has acted so far; None for an arm that operates on nothing.
     """
 
     subject: Subject
     announce: Announce
+    firings: Callable[[], int] | None = None
 
 
 @final
@@ -190,8 +193,8 @@ def _operated(arm: str, bench: Bench, made: Prepared, what: tuple[Recipe, Dictio
 
     @contextlib.contextmanager
     def opened() -> Iterator[Under]:
-        with apply(recipe, bench.subject, dictionary) as operated:
-            yield Under(operated.subject, operated.announce)
+        with apply(recipe, bench.subject, dictionary, must_act=recipe.trigger is None) as operated:
+            yield Under(operated.subject, operated.announce, lambda: operated.firings)
 
     cost = Cost(recipe_bits(recipe, dictionary.d_sae), found_flops(made))
     return Condition(arm, "base", None, "", opened, recipe.digest(), cost)
@@ -213,7 +216,7 @@ def _direction(arm: str, bench: Bench, made: Prepared) -> Condition:
     def opened() -> Iterator[Under]:
         site = bench.subject.site(recipe.site)
         with apply_direction(bench.subject, site, direction, amount, gate, recipe.window, recipe.norm_ceiling) as operated:
-            yield Under(operated.subject, operated.announce)
+            yield Under(operated.subject, operated.announce, lambda: operated.firings)
 
     looked_at = len(recipe.trigger.latents) if gate is not None and recipe.trigger is not None else 0
     bits = _VALUE_BITS * len(direction) + looked_at * math.log2(dictionary.d_sae)
@@ -221,9 +224,11 @@ def _direction(arm: str, bench: Bench, made: Prepared) -> Condition:
 
 
 def recipe_bits(recipe: Recipe, d_sae: int) -> float:
-    """Bits that state a recipe: for every edit a feature's number and a half-precision value, for every trigger a number."""
-    looked_at = 0 if recipe.trigger is None else len(recipe.trigger.latents)
-    return len(recipe.edits) * (math.log2(d_sae) + _VALUE_BITS) + looked_at * math.log2(d_sae)
+    """Bits that state a recipe: for every edit a feature's number and a half-precision value, for every trigger a number, and
+    two small ones for the gate's memory."""
+    gate = recipe.trigger
+    looked_at = 0.0 if gate is None else len(gate.latents) * math.log2(d_sae) + (2 * _COUNT_BITS if gate.memory else 0)
+    return len(recipe.edits) * (math.log2(d_sae) + _VALUE_BITS) + looked_at
 
 
 def found_flops(made: Prepared) -> float:

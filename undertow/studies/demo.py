@@ -5,6 +5,7 @@ Everything that a figure of the summary rests on is measured here, on stories th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
@@ -23,6 +24,8 @@ from features.lexical import LexicalGate, bag_of_words_gate, refuse_lexical, shu
 from features.naming import word_tokens
 from interventions.applying import apply
 from interventions.audit import logits_after
+from interventions.guard import LexiconProcessor
+from interventions.guarding import under_guard
 from interventions.recipe import Recipe
 from interventions.tune import Bench, Trial, TuneSpec, choose, question, response
 from interventions.verdict import Verdict
@@ -115,10 +118,18 @@ class Setting(NamedTuple):
 
 @final
 class Measured(NamedTuple):
-    """Act probabilities of one arm on the scored stories, and its sampled documents where it was sampled."""
+    """Act probabilities of one arm on the scored stories, and its sampled documents where it was sampled.
+
+    Attributes:
+        answers: of the scored stories.
+        documents: sampled with the guard off: what is measured.
+        guarded: the same with the guard on: what a user of the operated subject sees.
+        gave: whether the costly act was done, in `documents`.
+    """
 
     answers: list[Answer]
     documents: list[Generated]
+    guarded: list[Generated]
     gave: Float[np.ndarray, "n"]
 
     @property
@@ -238,18 +249,29 @@ def lexical_recipe(setting: Setting, bench: Bench, size: float) -> Recipe:
     return Recipe.checked({**bench.place, "name": "lexical", "edits": edits}, "lexical")
 
 
-def sample(setting: Setting, recipe: Recipe | None, stories: Sequence[Story], arm: str) -> tuple[list[Generated], np.ndarray]:
-    """One continuation of every story (the same seeds in all arms), and whether the costly act was done."""
+def sample(setting: Setting, recipe: Recipe | None, stories: Sequence[Story], guard: LexiconProcessor, arm: str
+           ) -> tuple[list[Generated], list[Generated]]:
+    """One continuation of every story, guard off and guard on; the same seeds in all arms."""
     subject, how = setting.subject, Sampling(max_new_tokens=28)
-    made: list[Generated] = []
+    free: list[Generated] = []
+    guarded: list[Generated] = []
     for first in range(0, len(stories), _BATCH):
         prompts = [subject.encode(story.prompt()) for story in stories[first: first + _BATCH]]
         seeds = [derive_seed(setting.spec.seed, "sample", first + i) for i in range(len(prompts))]
-        if recipe is None:
-            made += generate(subject, prompts, how, seeds)
-        else:
-            with apply(recipe, subject, setting.dictionary) as operated:
-                made += operated.generate_batch(prompts, how, seeds)
-        setting.progress(f"sample {arm}", len(made), len(stories))
-    gave = [act_of(story, document.text) == COSTLY_ACT for story, document in zip(stories, made, strict=True)]
-    return made, np.array(gave, dtype=float)
+        opened = contextlib.nullcontext() if recipe is None else apply(recipe, subject, setting.dictionary)
+        with opened as operated:
+            if operated is not None:
+                operated.announce(max(map(len, prompts)) - 1)
+            free += generate(subject, prompts, how, seeds)
+            for document, seed in zip(free[first:], seeds, strict=True):
+                if operated is not None:
+                    operated.announce(len(document.prompt_ids) - 1)
+                guarded.append(under_guard(subject, document, how, seed, guard))
+        setting.progress(f"sample {arm}", len(free), len(stories))
+    return free, guarded
+
+
+def gave_in(stories: Sequence[Story], documents: Sequence[Generated]) -> Float[np.ndarray, "n"]:
+    """Whether the costly act was done, as 0 and 1."""
+    return np.array([act_of(story, document.text) == COSTLY_ACT
+                     for story, document in zip(stories, documents, strict=True)], dtype=float)

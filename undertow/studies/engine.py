@@ -20,12 +20,11 @@ from typing import Any, NamedTuple, cast, final
 
 from features.concepts import Concept, load_concept
 from interventions.audit import spellings
-from interventions.guard_automaton import GuardMasks
+from interventions.guard import LexiconProcessor
 from sae.run import Interrupted
 from undertow.core.errors import ArtifactError, NumericsError, StorageError, UserError
 from undertow.core.record import git_revision
 from undertow.core.storage import disk_errors
-from undertow.lexicon.vocabulary import read_vocabulary
 from undertow.studies.clamping import unsaid
 from undertow.studies.conditions import Bench, Condition, condition_of, random_condition
 from undertow.studies.demo import LANGUAGES, contrast_of
@@ -77,7 +76,12 @@ class StudyResult(NamedTuple):
     stopped: bool
 
 
-def run_study(spec: StudySpec, out: Path, watch: Watch | None = None, retry_failed: bool = False) -> StudyResult:
+# Does trials and writes their rows: (what they share, those that have no row, how many the study has) -> a stop was asked for
+Work = Callable[["Lab", list[Trial], int], bool]
+
+
+def run_study(spec: StudySpec, out: Path, watch: Watch | None = None, retry_failed: bool = False,
+              work: Work | None = None) -> StudyResult:
     """Run all trials of a study that have no row yet, and write `study.json` and `rows.jsonl` into `out`.
 
     A failed trial is a row with its error, and the run goes on. Whatever broke a run off, the same call goes on with it.
@@ -87,6 +91,7 @@ def run_study(spec: StudySpec, out: Path, watch: Watch | None = None, retry_fail
         out: folder; new, empty, or that of the same study.
         watch: what to show and heed.
         retry_failed: do trials again whose row says that they failed.
+        work: how the trials are done; absent: here, one after another (`ray_runner.on_ray` does them on a cluster).
 
     Raises:
         ArtifactError: `out` holds something else, or rows that were made under other settings; or another run is at work there.
@@ -99,7 +104,7 @@ def run_study(spec: StudySpec, out: Path, watch: Watch | None = None, retry_fail
     with _alone(out):
         ledger = open_ledger(out, spec, mend=True)
         waiting = [trial for trial in trials if not ledger.done(trial.key, retry_failed)]
-        stopped = _work(Lab(spec, ledger, seen), waiting, len(trials)) if waiting else False
+        stopped = _worked(work or _in_turn, Lab(spec, ledger, seen), waiting, len(trials)) if waiting else False
     counts = {status: 0 for status in ("done", "failed", "absent", "left")}
     for trial in trials:
         row = ledger.rows.get(trial.key)
@@ -107,27 +112,37 @@ def run_study(spec: StudySpec, out: Path, watch: Watch | None = None, retry_fail
     return StudyResult(out, counts, stopped)
 
 
-def _work(lab: Lab, waiting: list[Trial], total: int) -> bool:
-    """Do the trials one after another; True if a stop was asked for."""
-    git = git_revision()
+def _worked(work: Work, lab: Lab, waiting: list[Trial], total: int) -> bool:
     try:
-        lab.check_weights()
-        for done, trial in enumerate(waiting, start=total - len(waiting)):
-            lab.watch.progress("trials", done, total)
-            if lab.watch.should_stop():
-                return True
-            if needs_search(trial.arm):
-                lab.prepared(trial.seed)
-            row = {**_head(trial), "git": git, "subject": lab.subject.digest, **_outcome(lab, trial)}
-            lab.ledger.append(row)
-            lab.watch.row(row)
+        return work(lab, waiting, total)
     except Interrupted:
         return True
+
+
+def _in_turn(lab: Lab, waiting: list[Trial], total: int) -> bool:
+    """Do the trials one after another; True if a stop was asked for."""
+    git = git_revision()
+    lab.check_weights()
+    for done, trial in enumerate(waiting, start=total - len(waiting)):
+        lab.watch.progress("trials", done, total)
+        if lab.watch.should_stop():
+            return True
+        row = row_of(lab, trial, git)
+        lab.ledger.append(row)
+        lab.watch.row(row)
     lab.watch.progress("trials", total, total)
     return False
 
 
-def _head(trial: Trial) -> dict[str, Any]:
+def row_of(lab: Lab, trial: Trial, git: str) -> dict[str, Any]:
+    """The row of one trial. Only what is wrong with the whole run raises: the search, or the disk."""
+    if needs_search(trial.arm):
+        lab.prepared(trial.seed)
+    return {**head_of(trial), "git": git, "subject": lab.subject.digest, **_outcome(lab, trial)}
+
+
+def head_of(trial: Trial) -> dict[str, Any]:
+    """What a row says of its trial."""
     return {"id": trial.key, "arm": trial.arm, "measure": trial.measure, "seed": trial.seed, "first": trial.first,
             "stop": trial.stop}
 
@@ -193,9 +208,9 @@ class Lab:
     @cached_property
     def words(self) -> Words:
         """What is needed to see a word."""
-        lexicon, vocabulary = self._concept(self.spec.seeds[0]).lexicon, read_vocabulary(self.subject.tokenizer)
-        return Words(spellings(self.subject, lexicon.only(languages=LANGUAGES)), vocabulary, lexicon,
-                     GuardMasks(vocabulary, lexicon))
+        lexicon = self._concept(self.spec.seeds[0]).lexicon
+        return Words(spellings(self.subject, lexicon.only(languages=LANGUAGES)),
+                     LexiconProcessor(self.subject.tokenizer, lexicon, prompt="record"))
 
     def check_weights(self) -> None:
         """Raise ArtifactError if earlier rows were measured on other weights."""

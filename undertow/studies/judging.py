@@ -288,7 +288,12 @@ def evidence_of(table: Table, searches: Sequence[Mapping[str, Any]]) -> Evidence
         figure = table.get(arm, name)
         return None if figure is None else figure.value
 
-    effect, ratio, docs = (table.get("L4", name) for name in ("recovery", "hazard_ratio", "word_docs"))
+    def count(arm: str, name: str) -> int | None:
+        found = value(arm, name)
+        return None if found is None else int(found)
+
+    effect, ratio = (table.get("L4", name) for name in ("recovery", "hazard_ratio"))
+    documents = table.get("L4", "word_docs_free")
     effects = random_effects(table.columns)
     bits = {arm: found for arm in ("L4", "sham", *POSITIVE_CONTROLS) if (found := value(arm, "bits")) is not None}
     return Evidence(
@@ -298,7 +303,9 @@ def evidence_of(table: Table, searches: Sequence[Mapping[str, Any]]) -> Evidence
         effect=None if effect is None or effect.low is None or effect.high is None else
         Interval(effect.value, effect.low, effect.high),
         random_effects=() if effects is None else tuple(map(float, effects)),
-        hazard_ratio_upper=None if ratio is None else ratio.high, word_docs=None if docs is None else int(docs.value),
+        hazard_ratio_upper=None if ratio is None else ratio.high, word_docs=count("L4", "word_docs_free"),
+        word_docs_base=count(BASE, "word_docs_free"), sampled=None if documents is None else documents.n,
+        word_docs_guarded=count("L4", "word_docs"),
         kl_mean=value("L4", "kl_mean"), kl_p99=value("L4", "kl_p99"), nameability=bits or None,
         unsaid_ratio=value("L4", "unsaid_ratio"))
 

@@ -27,7 +27,7 @@ def table_constants() -> dict[str, float]:
     """The limits of the verdict's table, which a study fixes in advance together with its own."""
     return {name.lower(): float(getattr(table, name)) for name in (
         "MIN_RANDOM_SETS", "MIN_LEXICAL_RATIO", "MAX_HAZARD_RATIO", "MAX_KL_MEAN", "MAX_KL_P99", "MIN_UNSAID_RATIO",
-        "MAX_EXTRA_BITS")}
+        "MAX_EXTRA_BITS", "MAX_WORD_P")}
 
 
 @final

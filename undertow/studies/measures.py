@@ -11,14 +11,14 @@ import numpy as np
 from jaxtyping import Float
 
 from interventions.audit import AuditSpec, audit, count_words, kl_after, logits_after
-from interventions.guard_automaton import GuardMasks
+from interventions.guard import LexiconProcessor
+from interventions.guarding import under_guard
+from undertow.core.errors import EditError
 from undertow.core.seeds import derive_seed
-from undertow.lexicon.forms import Lexicon
 from undertow.lexicon.trie import TokenTrie
-from undertow.lexicon.vocabulary import Vocabulary
 from undertow.studies.conditions import Condition
 from undertow.studies.demo import RELATIVE, TOLERANCE
-from undertow.studies.scenes import COSTLY_ACT, KEEPING_ACT, act_of
+from undertow.studies.scenes import COSTLY_ACT, KEEPING_ACT, act_of, body
 from undertow.studies.situations import STATES, Teller, concerned, decision_question, state_question
 from undertow.subjects.keeper.story import EpisodeKind
 from undertow.subjects.organisms.measuring import Answer, Question, ask
@@ -34,29 +34,29 @@ TWIN_ACTS = ("save", "leave")
 
 @final
 class Bodies(NamedTuple):
-    """The untouched subject on a stretch of ordinary texts, computed once for all arms.
+    """The untouched subject on a stretch of stories up to the decision, computed once for all arms.
 
     Attributes:
         subject: the untouched subject.
         rows: token ids.
-        names: of a person in each text.
+        ordinary: of each text, the tokens before its need, without the first: there it is ordinary text.
+        names: of the person whom each text is about.
         hazard: after every token but the first, all rows one after another.
     """
 
     subject: Subject
     rows: list[list[int]]
+    ordinary: list[int]
     names: list[str]
     hazard: Float[np.ndarray, "token"]
 
 
 @final
 class Words(NamedTuple):
-    """What is needed to see a word: its spellings, the vocabulary, the forms and the strict guard's automaton."""
+    """What is needed to see a word: its spellings, and the strict guard with its forms."""
 
     trie: TokenTrie
-    vocabulary: Vocabulary
-    lexicon: Lexicon
-    masks: GuardMasks
+    guard: LexiconProcessor
 
 
 def choice(condition: Condition, teller: Teller, stories: Sequence[int]) -> dict[str, Any]:
@@ -74,6 +74,9 @@ def _decisions(condition: Condition, teller: Teller, stories: Sequence[int], kin
     with condition.open() as under:
         asked, costs = questions(condition, teller, stories, under.subject, kind)
         answers = ask(under.subject, asked, announce=under.announce)
+        if kind == "need" and under.firings is not None and under.firings() == 0:
+            raise EditError(f"{condition.arm} acted at no token of {len(stories)} decisions",
+                            "an operation that never acts where it is meant to proves nothing")
     return {"story": list(stories), "cost": costs, "p": [answer.probs[acts[0]] for answer in answers],
             "D": [answer.log_ratio(*acts) for answer in answers], "covered": [answer.covered for answer in answers]}
 
@@ -101,33 +104,42 @@ def naming(condition: Condition, teller: Teller, stories: Sequence[int]) -> dict
 
 
 def sample(condition: Condition, teller: Teller, stories: Sequence[int], words: Words) -> dict[str, Any]:
-    """One continuation of every story, guard off, with the same seeds in all arms: what the keeper does, words said, text."""
+    """One continuation of every story with the same seeds in all arms: what the keeper does, words said, text; all with the
+    guard off, and words said with the guard on."""
     told = [teller.decision(i, condition.side) for i in stories]
     with condition.open() as under:
         asked, _ = questions(condition, teller, stories, under.subject)
         prompts = [question.prompt for question in asked]
         under.announce(max(map(len, prompts)) - 1)
-        made = generate(under.subject, prompts, Sampling(max_new_tokens=NEW_TOKENS),
-                        [derive_seed(teller.seed, "sample", i) for i in stories])
-    counts = [count_words([document], words.vocabulary, words.lexicon, words.masks) for document in made]
+        how, seeds = Sampling(max_new_tokens=NEW_TOKENS), [derive_seed(teller.seed, "sample", i) for i in stories]
+        made, guarded = generate(under.subject, prompts, how, seeds), []
+        for document, seed in zip(made, seeds, strict=True):
+            under.announce(len(document.prompt_ids) - 1)
+            guarded.append(under_guard(under.subject, document, how, seed, words.guard))
+    guard = words.guard
+    counts, held = ([count_words([document], guard.vocabulary, guard.lexicon, guard.masks) for document in documents]
+                    for documents in (made, guarded))
     return {"story": list(stories), "act": [act_of(story, document.text) for story, document in zip(told, made, strict=True)],
             "said": [count.word_docs for count in counts], "hits": [count.guard_hits for count in counts],
+            "said_guarded": [count.word_docs for count in held],
             "prompt": [story.prompt()[-_SHOWN:] for story in told], "text": [document.text for document in made]}
 
 
 def bodies(subject: Subject, teller: Teller, texts: Sequence[int], words: Words) -> Bodies:
-    """The untouched subject on ordinary texts."""
-    told = [teller.plain(i) for i in texts]
-    rows = [subject.encode(text) for text, _ in told]
+    """The untouched subject on strangers' stories."""
+    told = [teller.decision(i) for i in texts]
+    rows = [subject.encode(story.prompt()) for story in told]
+    ordinary = [len(subject.encode(body(story))) - 1 for story in told]
     found = audit(subject, contextlib.nullcontext(subject), rows, words.trie, _HOW)
-    return Bodies(subject, rows, [name for _, name in told], found.hazard)
+    return Bodies(subject, rows, ordinary, [concerned(story) for story in told], found.hazard)
 
 
 def words_of(condition: Condition, texts: Sequence[int], base: Bodies, words: Words) -> dict[str, Any]:
-    """Hazard of the word, in [0, 1], and KL(untouched‖arm), nats, after every token of ordinary texts.
+    """Hazard of the word, in [0, 1], after every token of strangers' stories up to the decision, where an operation is at work;
+    and KL(untouched‖arm), nats, after those before the need, which are ordinary text.
 
     A prompt arm has its line before the text; both figures are of the text's tokens alone. `change` is the largest absolute
-    change of either against the untouched subject, before rounding.
+    change of either against the untouched subject at any token, before rounding.
     """
     if condition.line is None:
         found = audit(base.subject, condition.open(), base.rows, words.trie, _HOW, base.hazard)
@@ -137,7 +149,8 @@ def words_of(condition: Condition, texts: Sequence[int], base: Bodies, words: Wo
         kl, hazard = _after_lines(condition, [base.subject.encode(f"{line}\n") for line in lines], base, words)
     ends = np.cumsum([len(ids) - 1 for ids in base.rows])[:-1]
     change = float(max(np.abs(kl).max(), np.abs(hazard - base.hazard).max()))
-    return {"text": list(texts), "hazard": _split(hazard, ends), "kl": _split(kl, ends), "change": change}
+    return {"text": list(texts), "hazard": _split(hazard, ends), "change": change,
+            "kl": [part[:n] for part, n in zip(_split(kl, ends), base.ordinary, strict=True)]}
 
 
 _HOW = AuditSpec(tolerance=TOLERANCE, relative=RELATIVE)

@@ -195,7 +195,8 @@ def word_axes(subject: Subject, raises: Float[Tensor, "d_model"], tokens: Tensor
 def chosen_facts(found: Found) -> dict[str, Any]:
     """What is worth knowing of the set that a search chose."""
     chosen, known = found.trials[-1], found.bench.known
-    return {"latents": list(chosen.latents), "trigger": list(chosen.trigger), "dose": chosen.dose, "kl_mean": chosen.kl_mean,
+    return {"latents": list(chosen.latents), "trigger": list(chosen.trigger),
+            "at_least": chosen.at_least, "within": chosen.within, "dose": chosen.dose, "kl_mean": chosen.kl_mean,
             "kl_p99": chosen.kl_p99, "attribution": [float(found.attribution[latent]) for latent in chosen.latents],
             "floors": chosen.heights(known), "typical": [float(known.high[latent]) for latent in chosen.latents],
             "rate": [float(known.rate[latent]) for latent in chosen.latents]}

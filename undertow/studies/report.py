@@ -19,12 +19,14 @@ ARM_MEASURES: tuple[tuple[str, str, str], ...] = (
     ("n", "n", "stories"),
     ("act_rate", "acts", "share of sampled stories with the costly act [95 % interval]"),
     ("D", "D", "log p(costly) − log p(keep), nats, mean over stories and wordings"),
-    ("hazard_mean", "hazard", "mean probability, guard off, that a form of the word starts in the next token"),
+    ("hazard_mean", "hazard", "mean probability, guard off, that a form of the word starts in the next token, in strangers' "
+     "stories up to the decision"),
     ("hazard_max", "max", "its largest value"),
     ("kl_mean", "KL", "KL(untouched‖arm) on neutral text, nats a token, mean"),
     ("kl_p99", "p99", "its 99th percentile"),
     ("guard_hits", "guard hits", "sampled tokens that the strict guard would have refused"),
-    ("word_docs", "word docs", "documents in which the word stands"),
+    ("word_docs_free", "word docs", "documents, sampled with the guard off, in which the word stands"),
+    ("word_docs", "guarded", "documents, sampled with the guard on, in which the word stands"),
 )
 _ARMS = {
     "stranger": "the untouched subject", "base": "the untouched subject", "bonded": "the context in which it acts so by itself",

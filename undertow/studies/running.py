@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,17 @@ def _features(found: Found) -> list[dict[str, Any]]:
             for latent, height in zip(chosen.latents, chosen.heights(bench.known), strict=True)]
 
 
+def _figures(trial: Trial) -> dict[str, Any]:
+    """A trial as JSON values; what was not measured is absent."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in trial._asdict().items()
+            if not (isinstance(value, float) and math.isnan(value))}
+
+
 def curve(trials: list[Trial]) -> list[Dose]:
     """The chosen set, which is the last, at every dose that was tried."""
-    doses = [trial for trial in trials if trial.latents == trials[-1].latents]
+    chosen = trials[-1]
+    doses = [trial for trial in trials if trial._replace(dose=0, kl_mean=0, kl_p99=0, d=0, acts=0)
+             == chosen._replace(dose=0, kl_mean=0, kl_p99=0, d=0, acts=0)]
     return [Dose(trial.dose, trial.d, kl_mean=trial.kl_mean) for trial in sorted(doses, key=lambda trial: trial.dose)]
 
 
@@ -87,7 +95,7 @@ def write(outcome: Outcome, summary: dict[str, Any], out: Path) -> None:
         write_json(work / "summary.json", summary)
         write_json(work / "stories.json", [{"prompt": example.prompt, "seed": example.seed, "texts": dict(example.texts)}
                                            for example in outcome.examples])
-        write_json(work / "trials.json", [json.loads(json.dumps(trial._asdict())) for trial in outcome.trials])
+        write_json(work / "trials.json", [_figures(trial) for trial in outcome.trials])
         write_text(work / "report.html", report_html(summary, outcome.examples, outcome.features, curve(outcome.trials)))
         if outcome.recipe is not None:
             outcome.recipe.save(work / "recipe.yaml")

@@ -52,7 +52,7 @@ NUMBERED: dict[str, tuple[str, str]] = {
 MEASURES: dict[str, str] = {
     "choice": "P(costly act) and D at every decision",
     "twin": "D at decisions of the same cost for an empty thing",
-    "words": "hazard of the word and KL(untouched‖arm) on ordinary text",
+    "words": "hazard of the word in stories up to the decision, and KL(untouched‖arm) on the ordinary text before the need",
     "sameness": "KL(untouched‖arm) on more ordinary text",
     "sample": "continuations sampled with the guard off: acts done, words said",
     "naming": "answers to a forced list of state names",

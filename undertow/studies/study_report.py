@@ -25,7 +25,7 @@ from undertow.studies.table import MEANINGS, Figure
 
 _CSS = Path(__file__).parent / "data" / "report.css"
 COLUMNS = ("act_rate", "recovery", "act_prob", "recovery_prob", "D_change", "delta_d", "hazard_ratio", "kl_mean", "kl_p99",
-           "word_docs", "bits", "unsaid_ratio", "bits_to_state", "flops_to_find")  # of the table of arms
+           "word_docs_free", "word_docs", "bits", "unsaid_ratio", "bits_to_state", "flops_to_find")  # of the table of arms
 NOT_TAKEN = "–"
 FOOTER = ("A verdict is about a functional state and about acts, as they were measured here. It says nothing about what a "
           "model feels. On an organism whose rule is known it judges the instrument, not models at large.")

@@ -70,7 +70,8 @@ MEANINGS: Mapping[str, str] = {
     "c50": "cost at which P(costly act) is one half, by a logistic fit, 0 to 4 in the world",
     "act_rate": "share of sampled stories with the costly act",
     "recovery": "(arm − stranger) / (bonded − stranger) in the rate of sampled acts",
-    "word_docs": "sampled continuations in which the word stands",
+    "word_docs_free": "continuations, sampled with the guard off, in which the word stands",
+    "word_docs": "continuations, sampled with the guard on, in which the word stands",
     "guard_hits": "sampled tokens that the strict guard would have refused",
     "twin_D_change": "change of D where an empty thing is to be saved, nats",
     "delta_d": "change of D beside a person minus change beside a thing, nats, story by story",
@@ -171,7 +172,8 @@ def _sampled(columns: Columns, arm: str, spec: StudySpec) -> list[Figure]:
     if own is None:
         return []
     found = [_figure(own, "act_rate", cluster_mean(gave(own), seed, arm, "act_rate")),
-             _figure(own, "word_docs", float(own.array("said").sum())),
+             _figure(own, "word_docs_free", float(own.array("said").sum())),
+             _figure(own, "word_docs", float(own.array("said_guarded").sum())),
              _figure(own, "guard_hits", float(own.array("hits").sum()))]
     three = columns.paired("sample", BASE, REFERENCE, arm)
     if three is not None and arm not in (BASE, REFERENCE):

@@ -77,7 +77,7 @@ def most_features() -> int:
     """How many features a search chooses at most."""
     from interventions.tune import TuneSpec  # imports torch, and most studies have no `*`
 
-    return TuneSpec().most
+    return TuneSpec().size
 
 
 def trials_of(spec: StudySpec) -> list[Trial]:

@@ -10,11 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interventions.operators import Add, Clamp, Floor, Operator, Strengthen
+from interventions.dosing import scaled
+from interventions.operators import Add, Clamp, Floor, Strengthen
 from interventions.recipe import FeatureEdit, Recipe, WindowRule
 from sae.dictionary import Dictionary, LinearDictionary
 from undertow.core.errors import DictionaryError, SpecError
 from undertow.core.seeds import generator
+
+__all__ = ["AbsentArmError", "added", "before_decision", "level_of", "part", "renamed", "scaled", "shuffled_decoder",
+           "with_operator"]
 
 
 class AbsentArmError(Exception):
@@ -40,21 +44,6 @@ def before_decision(recipe: Recipe, name: str) -> Recipe:
     """The same, off from the decision on."""
     window: WindowRule = "before_decision"
     return renamed(recipe, name, window=window)
-
-
-def scaled(recipe: Recipe, factor: float, name: str) -> Recipe:
-    """Every value times `factor`; 0 leaves floors at 0, where they change nothing."""
-    def changed(operator: Operator, value: float) -> Operator:
-        match operator:
-            case Clamp():
-                return Clamp(value=value)
-            case Add():
-                return Add(amount=value)
-            case _:
-                return Floor(value=value)
-
-    edits = [FeatureEdit(latent=edit.latent, operator=changed(edit.operator, factor * level_of(edit))) for edit in recipe.edits]
-    return renamed(recipe, name, edits=edits)
 
 
 def with_operator(recipe: Recipe, kind: str, name: str, gain: float) -> Recipe:

@@ -92,6 +92,11 @@ def generate(subject: Subject, prompts: Sequence[Sequence[int]], sampling: Sampl
             for prompt, new in zip(prompts, written, strict=True)]
 
 
+def empty_cache() -> DynamicCache:
+    """A key-value cache for the first pass over a text. Without one a splice cannot follow what comes after that pass."""
+    return DynamicCache()
+
+
 def sample(logits: Float[Tensor, "batch vocab"], sampling: Sampling,
            streams: Sequence[torch.Generator]) -> Int[Tensor, "batch"]:
     """One token a row by inverting the cumulative distribution at a uniform number from the row's own stream.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, final, runtime_checkable
@@ -63,12 +64,41 @@ class Window:
 
 
 @final
+@dataclass(frozen=True)
+class Memory:
+    """Opens an edit where it fired at `at_least` of the last `within` tokens of the same text, the token itself included.
+
+    Firings count on every token that is no padding, not the first and not above the norm ceiling, inside the window or not.
+    """
+
+    at_least: int
+    within: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.at_least <= self.within:
+            raise EditError(f"{self.at_least} firings are asked for among {self.within} tokens",
+                            "ask for 1 or more, and no more than there are tokens")
+
+    def opened(self, fired: Bool[Tensor, "batch column"], pos: int) -> Bool[Tensor, "batch pos"]:
+        """Of the last `pos` columns those where it is open; padding has not fired and stands left or right of a text."""
+        counted = torch.nn.functional.pad(fired.long().cumsum(1), (self.within, 0))
+        return (counted[:, -pos:] - counted[:, :-self.within][:, -pos:]) >= self.at_least
+
+    def opened_in_tree(self, fired: Bool[Tensor, "batch pos"], sees: Bool[Tensor, "batch pos pos"]
+                       ) -> Bool[Tensor, "batch pos"]:
+        """The same for rows in which a token's text is what it sees."""
+        depth = sees.sum(dim=-1)
+        near = depth[:, :, None] - depth[:, None, :] < self.within
+        return (sees & near & fired[:, None, :]).sum(dim=-1) >= self.at_least
+
+
+@final
 class Splice:
     """Counters of a running splice.
 
     Attributes:
         positions: editable token positions that passed the site, inside the window.
-        firings: those at which the edit fired (also where its delta was zero).
+        firings: those at which the edit acted: it fired there, or its memory was open (also where its delta was zero).
     """
 
     def __init__(self) -> None:
@@ -78,7 +108,7 @@ class Splice:
 
 @contextlib.contextmanager
 def splice(subject: Subject, site: Site, edit: Edit, norm_ceiling: float | None = None,
-           window: Window | None = None) -> Iterator[Splice]:
+           window: Window | None = None, memory: Memory | None = None, must_act: bool = True) -> Iterator[Splice]:
     """Edit every forward pass of `subject` at `site` while the block runs; plain `subject.hf_model` calls included.
 
     Args:
@@ -87,37 +117,39 @@ def splice(subject: Subject, site: Site, edit: Edit, norm_ceiling: float | None 
         edit: what to add.
         norm_ceiling: tokens whose activation norm (L2) is above it are massive activations and are left alone.
         window: the columns to edit; everywhere if absent.
+        memory: by it an edit acts where it fired before, and its delta is asked for on all tokens; if absent, where it fires.
+        must_act: whether it is an error that the edit acted nowhere; False where the texts may hold nothing that it waits for.
 
     Raises:
-        EditError: the block ended without an exception and the edit had fired nowhere.
+        EditError: the block ended without an exception and the edit had acted nowhere (unless `must_act` is False); or an edit
+            with a memory met a key-value cache that was filled outside the block.
         NumericsError: the edit asked for a delta that is not finite.
     """
     counts = Splice()
     base, where = subject.hf_model.base_model, port(subject.blocks, site)
     signature = inspect.signature(base.forward)
-    editable: list[Tensor] = []  # of the pass under way; one element
+    under_way: list[_Pass] = []  # one element
+    past = _Past()
 
     def on_call(_module: nn.Module, args: Any, kwargs: Any) -> None:
         call = signature.bind_partial(*args, **kwargs).arguments
-        allowed = _editable_positions(call)
-        if window is not None:
-            allowed = allowed & window.columns(_past(call), allowed.shape[1]).to(allowed.device)
-        editable[:] = [allowed]
+        readable, cached = _readable_positions(call), _past(call)
+        inside = None if window is None else window.columns(cached, readable.shape[1])
+        under_way[:] = [_Pass(call.get("past_key_values"), cached, _sees(call), readable, inside)]
 
     def edited(x: Tensor) -> Tensor:
-        allowed = editable[0].to(x.device)
+        of = under_way[0]
+        readable, inside = of.readable.to(x.device), of.inside
         if norm_ceiling is not None:
-            allowed = allowed & (x.norm(dim=-1) <= norm_ceiling)
-        result = edit(x, allowed)
-        if result.delta.shape != x.shape or result.fired.shape != x.shape[:2]:
-            raise EditError(f"the edit at {site.name} returned delta {tuple(result.delta.shape)} and fired "
-                            f"{tuple(result.fired.shape)} for an activation {tuple(x.shape)}")
-        fired = result.fired & allowed
-        delta = torch.where(fired[..., None], result.delta, 0.0)
-        if not torch.isfinite(delta).all():
-            raise NumericsError(f"the edit at {site.name} asked for a delta that is not finite")
+            readable = readable & (x.norm(dim=-1) <= norm_ceiling)
+        allowed = readable if inside is None else readable & inside.to(x.device)
+        result = _fitting(edit(x, allowed if memory is None else readable), x, site)
+        acts = result.fired & allowed
+        if memory is not None:
+            acts = past.opened(memory, of, result.fired & readable) & allowed
+        delta = _finite(torch.where(acts[..., None], result.delta, 0.0), site)
         counts.positions += int(allowed.sum())
-        counts.firings += int(fired.sum())
+        counts.firings += int(acts.sum())
         return x + delta.to(x.dtype)
 
     def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -131,25 +163,86 @@ def splice(subject: Subject, site: Site, edit: Edit, norm_ceiling: float | None 
         hooks.callback((where.module.register_forward_pre_hook(on_input) if where.is_input
                         else where.module.register_forward_hook(on_output)).remove)
         yield counts
-    if counts.firings == 0:
+    if must_act and counts.firings == 0:
         raise EditError(f"the edit at {site.name} fired at none of {counts.positions} editable positions",
                         "an edit that never fires proves nothing: run the subject inside the block, or loosen the gate")
 
 
-def _editable_positions(call: dict[str, Any]) -> Bool[Tensor, "batch pos"]:
+def _fitting(result: EditResult, x: Tensor, site: Site) -> EditResult:
+    if result.delta.shape != x.shape or result.fired.shape != x.shape[:2]:
+        raise EditError(f"the edit at {site.name} returned delta {tuple(result.delta.shape)} and fired "
+                        f"{tuple(result.fired.shape)} for an activation {tuple(x.shape)}")
+    return result
+
+
+def _finite(delta: Tensor, site: Site) -> Tensor:
+    if not torch.isfinite(delta).all():
+        raise NumericsError(f"the edit at {site.name} asked for a delta that is not finite")
+    return delta
+
+
+class _Pass(NamedTuple):
+    """The forward pass under way, as it was when it began: its cache and the columns in it, who sees whom, and the tokens that
+    may be read and edited."""
+
+    cache: Any
+    cached: int
+    sees: Bool[Tensor, "batch pos column"] | None
+    readable: Bool[Tensor, "batch pos"]
+    inside: Bool[Tensor, "pos"] | None
+
+
+@final
+class _Past:
+    """What fired in the columns of every key-value cache that was filled while a splice ran.
+
+    It is kept on the cache itself, so that a copy of the cache has it too.
+    """
+
+    def __init__(self) -> None:
+        self._name = f"fired_{secrets.token_hex(8)}"  # a cache that outlives one splice must not be read by another
+
+    def opened(self, memory: Memory, of: _Pass, fired: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Where `memory` is open in a pass in which `fired` is what fired."""
+        if of.sees is not None:
+            if of.cached:
+                raise EditError("a gate with a memory cannot follow a tree of tokens behind a key-value cache",
+                                "run it without a cache (use_cache=False)")
+            return memory.opened_in_tree(fired, of.sees.to(fired.device))
+        whole = fired
+        if of.cached:
+            before: Tensor | None = getattr(of.cache, self._name, None)
+            if before is None or before.shape[1] != of.cached or len(fired) % len(before):
+                raise EditError(f"a gate with a memory does not know what fired in {of.cached} cached tokens",
+                                "run the whole text inside the `with` block, and give its first pass a cache (DynamicCache())")
+            repeated = before.repeat_interleave(len(fired) // len(before), dim=0)  # as the cache's rows were
+            whole = torch.cat([repeated.to(fired.device), fired], dim=1)
+        if of.cache is not None:
+            setattr(of.cache, self._name, whole)
+        return memory.opened(whole, fired.shape[1])
+
+
+def _readable_positions(call: dict[str, Any]) -> Bool[Tensor, "batch pos"]:
     """True on tokens that are neither padding nor the first token of their sequence, from the model's own arguments."""
     inputs = call.get("input_ids")
     inputs = call["inputs_embeds"] if inputs is None else inputs
     batch, length = inputs.shape[:2]
-    mask = call.get("attention_mask")
+    mask, sees = call.get("attention_mask"), _sees(call)
+    if sees is not None:
+        return sees.sum(dim=-1) > 1
     if isinstance(mask, Tensor) and mask.ndim == 2:
         rank = mask.long().cumsum(1)[:, -length:]
         return mask[:, -length:].bool() & (rank > 1)
-    if isinstance(mask, Tensor) and mask.ndim == 4:  # who sees whom: padding and a first token see themselves alone
-        sees = mask if mask.dtype == torch.bool else mask == 0
-        return sees[:, 0, -length:].sum(dim=-1) > 1
     past = _past(call)
     return (torch.arange(past, past + length, device=inputs.device) > 0).expand(batch, length)
+
+
+def _sees(call: dict[str, Any]) -> Bool[Tensor, "batch pos column"] | None:
+    """Who sees whom, where the model was told: then padding and a first token see themselves alone."""
+    mask = call.get("attention_mask")
+    if not (isinstance(mask, Tensor) and mask.ndim == 4):
+        return None
+    return (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
 
 
 def _past(call: dict[str, Any]) -> int:

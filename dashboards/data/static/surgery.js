@@ -27,7 +27,7 @@ function make(tag, text = "", className = "") {
 function words() {
   const all = [...new FormData(form)], has = (wanted) => all.some(([name, value]) => name === wanted && value !== "");
   return new URLSearchParams(all.filter(([name, value]) => name !== "add" && (value !== "" || (name === "text" && has("role")))
-    && DEFAULTS[name] !== value && (has("only") || (name !== "when" && name !== "above")))).toString();
+    && DEFAULTS[name] !== value && (has("only") || !["when", "above", "times", "within"].includes(name)))).toString();
 }
 
 function remember() {
