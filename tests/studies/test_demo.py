@@ -205,8 +205,9 @@ def test_a_random_model_cannot_answer(architecture: str, tmp_path: Path) -> None
 def test_curve_shows_the_doses_of_the_chosen_set() -> None:
     nan = float("nan")
     trials = [Trial((3,), (), 0.5, 0.001, 0.01, 0.2), Trial((3, 4), (), 0.6, 0.004, nan, 0.4),
-              Trial((3, 4), (), 0.4, 0.001, nan, 0.3)]
+              Trial((3, 4), (5,), 0.5, 0.001, nan, 0.9), Trial((3, 4), (), 0.4, 0.001, nan, 0.3)]
     assert [(dose.gain, dose.effect) for dose in curve(trials)] == [(0.4, 0.3), (0.6, 0.4)]
+    assert curve([]) == []
 
 
 def test_bad_input_is_refused_before_anything_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ COMMANDS = (
     Command("text", "The texts: fetch, show."),
     Command("sae", "Sparse autoencoders: train, resume, eval, compare, import."),
     Command("features", "The features of an autoencoder: scan, rank, select, show, search."),
-    Command("recipe", "Recipes of feature surgery: check, apply."),
+    Command("recipe", "Recipes of feature surgery: check, apply, tune."),
     Command("guard", "The forbidden word: scan a text, audit a recipe, generate under the guard, lexicon."),
     Command("battery", "Batteries of choices: list, show, lint, run."),
     Command("study", "Scripted ablations with controls: list, check, plan, run, report."),

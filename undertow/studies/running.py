@@ -72,10 +72,11 @@ def _figures(trial: Trial) -> dict[str, Any]:
 
 
 def curve(trials: list[Trial]) -> list[Dose]:
-    """The chosen set, which is the last, at every dose that was tried."""
-    chosen = trials[-1]
-    doses = [trial for trial in trials if trial._replace(dose=0, kl_mean=0, kl_p99=0, d=0, acts=0)
-             == chosen._replace(dose=0, kl_mean=0, kl_p99=0, d=0, acts=0)]
+    """The chosen set and gate, which are the last, at every dose that was tried."""
+    def what(trial: Trial) -> Trial:
+        return trial._replace(dose=0, kl_mean=0, kl_p99=0, d=0, acts=0)
+
+    doses = [trial for trial in trials if what(trial) == what(trials[-1])]
     return [Dose(trial.dose, trial.d, kl_mean=trial.kl_mean) for trial in sorted(doses, key=lambda trial: trial.dose)]
 
 
