@@ -45,8 +45,8 @@ def _row(spec: StudySpec, trial: Trial, effect: float, hazard: float, wobble: Ca
     elif trial.measure == "sample":
         gave = [i % 10 < round(10 * (0.1 + 0.8 * effect)) for i in units]
         values = {"story": units, "act": ["give" if g else "keep" for g in gave], "said": [0] * len(units),
-                  "hits": [0] * len(units), "prompt": ["The keeper"] * len(units), "text": [" gave it." if g else " kept it."
-                                                                                          for g in gave]}
+                  "said_guarded": [0] * len(units), "hits": [0] * len(units), "prompt": ["The keeper"] * len(units),
+                  "text": [" gave it." if g else " kept it." for g in gave]}
     elif trial.measure == "naming":
         values = {"story": units, "states": ["love", "nothing"], "probs": [[0.5, 0.5] for _ in units]}
     elif trial.measure == "unsaid":

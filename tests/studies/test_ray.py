@@ -178,6 +178,7 @@ def test_a_stopped_driver_goes_on_and_does_nothing_twice(model: Path, tmp_path: 
     assert path.read_bytes() == after
 
 
+@pytest.mark.slow
 def test_a_stop_writes_what_is_in_hand(cluster: None, model: Path, tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
     spec = study(model)
@@ -188,6 +189,7 @@ def test_a_stop_writes_what_is_in_hand(cluster: None, model: Path, tmp_path: Pat
     assert run_study(spec, tmp_path).counts["done"] == 20
 
 
+@pytest.mark.slow
 def test_a_worker_unlike_the_driver_is_refused(cluster: None, model: Path, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     real = ray_runner.package_versions
