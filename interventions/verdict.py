@@ -39,7 +39,8 @@ ROWS: tuple[tuple[str, Word], ...] = (
      f"sets (at least {MIN_RANDOM_SETS})", "no-effect"),
     (f"hazard ratio above {MAX_HAZARD_RATIO:g} (upper bound), or the word appears (where the untouched subject was "
      f"counted: in more documents, p below {MAX_WORD_P:g}; guard on: in any), or KL mean above {MAX_KL_MEAN:g} or p99 above "
-     f"{MAX_KL_P99:g}, or nameable above sham, or unsaid ratio below {MIN_UNSAID_RATIO:g} (where measured)", "said"),
+     f"{MAX_KL_P99:g}, or the pairs that it was found by are lexical, or nameable above sham, or unsaid ratio below "
+     f"{MIN_UNSAID_RATIO:g} (where measured)", "said"),
     ("otherwise", "unsaid"),
 )
 
@@ -72,6 +73,8 @@ class Evidence:
         sampled: documents of each of the two; needed with `word_docs_base`.
         word_docs_guarded: documents of L4 with the guard on in which a T0 form stands, where they were sampled; any is too
             many.
+        lexical_pairs: the search went on by force although its pairs are told apart by their words alone: what is found on
+            such pairs may be the word, and no figure of the operation can take that back.
         kl_mean, kl_p99: KL(base‖L4) on neutral text, nats a token.
         nameability: bits of mutual information between each arm and the answer to a forced list of state names (L4, sham
             and at least one of L2 and lexical), where it was measured. An arm is nameable if it has over MAX_EXTRA_BITS
@@ -92,6 +95,7 @@ class Evidence:
     word_docs_base: int | None = None
     sampled: int | None = None
     word_docs_guarded: int | None = None
+    lexical_pairs: bool = False
     kl_mean: float | None = None
     kl_p99: float | None = None
     nameability: Mapping[str, float] | None = None
@@ -190,6 +194,8 @@ def _said(evidence: Evidence) -> list[str]:
         found.append(f"the word stands in {_documents(evidence)}")
     if evidence.word_docs_guarded:
         found.append(f"the word stands in {evidence.word_docs_guarded} documents that were sampled with the guard on")
+    if evidence.lexical_pairs:
+        found.append("the pairs that it was found by are told apart by their words alone (it went on by force)")
     if bits and _nameable(bits, "L4"):
         found.append(f"L4 is nameable ({_bits(bits, 'L4')})")
     if evidence.unsaid_ratio is not None and evidence.unsaid_ratio < MIN_UNSAID_RATIO:

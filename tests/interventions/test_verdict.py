@@ -41,6 +41,7 @@ ROW_4: list[tuple[dict[str, Any], str]] = [
     ({"hazard_ratio_upper": 1.2501}, "hazard ratio, 1.25 is above 1.25"), ({"hazard_ratio_upper": math.inf}, "inf is above"),
     ({"word_docs": 1}, "the word stands in 1 documents"),
     ({"word_docs": 7, "word_docs_base": 1, "sampled": 400}, "the word stands in 7 of 400 documents (1 of the untouched"),
+    ({"lexical_pairs": True}, "the pairs that it was found by are told apart by their words alone"),
     ({"word_docs_guarded": 1}, "the word stands in 1 documents that were sampled with the guard on"),
     ({"kl_mean": 0.0101}, "KL mean 0.0101 is above 0.01"),
     ({"kl_p99": 0.11}, "KL p99 0.11 is above 0.1"), ({"nameability": BITS | {"L4": 0.06}}, "L4 is nameable"),

@@ -305,7 +305,7 @@ def evidence_of(table: Table, searches: Sequence[Mapping[str, Any]]) -> Evidence
         random_effects=() if effects is None else tuple(map(float, effects)),
         hazard_ratio_upper=None if ratio is None else ratio.high, word_docs=count("L4", "word_docs_free"),
         word_docs_base=count(BASE, "word_docs_free"), sampled=None if documents is None else documents.n,
-        word_docs_guarded=count("L4", "word_docs"),
+        word_docs_guarded=count("L4", "word_docs"), lexical_pairs=any(facts.get("forced", False) for facts in searches),
         kl_mean=value("L4", "kl_mean"), kl_p99=value("L4", "kl_p99"), nameability=bits or None,
         unsaid_ratio=value("L4", "unsaid_ratio"))
 

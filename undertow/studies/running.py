@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def run_demo(setting: Setting, site: str, gates: dict[str, Any]) -> Outcome:
         return Outcome(gates, Verdict("no-effect", NOTHING_FOUND, 3), None, [], [], [])
     arms = run_arms(setting, found.bench, found.trials[-1])
     judged, figures = evidence(setting, arms, gates["competence"])
+    judged = replace(judged, lexical_pairs=bool(gates["forced"]))
     return Outcome(gates | figures, verdict(judged), arms.recipes["L4"], examples(arms, setting.spec.seed),
                    _features(found), found.trials)
 
