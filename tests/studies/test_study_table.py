@@ -193,6 +193,8 @@ def test_the_verdict_follows_the_table() -> None:
     assert (found.verdict, found.row) == ("unsaid", 5), found.reason
     said = judged(spec, table_of(spec, made_up(spec, EFFECTS, HAZARDS | {"L4": 2.0})), [COMPETENT])
     assert said is not None and said.verdict == "said"
+    forced = judged(spec, table_of(spec, rows), [COMPETENT | {"forced": True}])
+    assert forced is not None and (forced.verdict, forced.row) == ("said", 4) and "told apart by their words" in forced.reason
     silent = judged(spec, table_of(spec, made_up(spec, EFFECTS, HAZARDS | {"lexical": 1.0})), [COMPETENT])
     assert silent is not None and (silent.verdict, silent.row) == ("inconclusive", 2)
     none = judged(spec, table_of(spec, rows_of(spec, L4=0.0)), [COMPETENT])
