@@ -98,8 +98,7 @@ def apply(recipe: Recipe, subject: Subject, dictionary: Dictionary, window: Wind
     check(recipe, subject, dictionary)
     edit = FeatureSurgery(dictionary.to(subject.device), recipe.edits, recipe.trigger)
     placed = first_window(recipe.window) if window is None else window
-    memory = None if recipe.trigger is None else recipe.trigger.memory
-    with splice(subject, subject.site(recipe.site), edit, recipe.norm_ceiling, placed, memory, must_act) as counts:
+    with splice(subject, subject.site(recipe.site), edit, recipe.norm_ceiling, placed, recipe.memory, must_act) as counts:
         yield Operated(subject, placed, recipe.window, counts)
 
 

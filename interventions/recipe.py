@@ -138,6 +138,11 @@ class Recipe(Spec):
         write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False,
                                         allow_unicode=True, width=120))
 
+    @property
+    def memory(self) -> Memory | None:
+        """That of its gate; None without one."""
+        return None if self.trigger is None else self.trigger.memory
+
     def latents(self) -> list[int]:
         """Every latent that the recipe edits or looks at, ascending."""
         looked_at = () if self.trigger is None else self.trigger.latents

@@ -34,9 +34,8 @@ def straight(recipe: Recipe, subject: Subject, dictionary: Dictionary) -> Iterat
     site, last = subject.site(recipe.site), Site(subject.n_layers - 1, "resid_post")
     window = first_window(recipe.window)
     made = _Made(FeatureSurgery(dictionary.to(subject.device), recipe.edits, recipe.trigger))
-    memory = None if recipe.trigger is None else recipe.trigger.memory
-    with (splice(subject, site, made.at_site, recipe.norm_ceiling, window, memory) as counts,
-          splice(subject, last, made.at_end, None, window, memory)):
+    with (splice(subject, site, made.at_site, recipe.norm_ceiling, window, recipe.memory) as counts,
+          splice(subject, last, made.at_end, None, window, recipe.memory)):
         yield Operated(subject, window, recipe.window, counts)
 
 

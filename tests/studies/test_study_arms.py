@@ -13,6 +13,7 @@ import torch
 
 from features.codes import dictionary_digest
 from interventions.applying import apply_direction
+from interventions.dosing import scaled
 from interventions.operators import Add, Clamp, Floor, Strengthen
 from interventions.recipe import Recipe
 from sae.dictionary import LinearDictionary, Provenance, TopK
@@ -31,7 +32,6 @@ from undertow.studies.variants import (
     before_decision,
     level_of,
     part,
-    scaled,
     shuffled_decoder,
     with_operator,
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from features.codes import dictionary_digest
 from interventions.applying import Gate, apply, apply_direction, trigger_gate
+from interventions.dosing import scaled
 from interventions.recipe import Recipe
 from sae.dictionary import Dictionary
 from undertow.core.seeds import derive_seed
@@ -29,7 +30,6 @@ from undertow.studies.variants import (
     before_decision,
     part,
     renamed,
-    scaled,
     shuffled_decoder,
     with_operator,
 )
@@ -227,7 +227,7 @@ def recipe_bits(recipe: Recipe, d_sae: int) -> float:
     """Bits that state a recipe: for every edit a feature's number and a half-precision value, for every trigger a number, and
     two small ones for the gate's memory."""
     gate = recipe.trigger
-    looked_at = 0.0 if gate is None else len(gate.latents) * math.log2(d_sae) + (2 * _COUNT_BITS if gate.memory else 0)
+    looked_at = 0.0 if gate is None else len(gate.latents) * math.log2(d_sae) + (2 * _COUNT_BITS if recipe.memory else 0)
     return len(recipe.edits) * (math.log2(d_sae) + _VALUE_BITS) + looked_at
 
 

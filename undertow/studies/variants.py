@@ -1,4 +1,4 @@
-"""Recipes and dictionaries that a study makes out of the surgery: other doses, operators and parts, and shuffled decoders."""
+"""Recipes and dictionaries that a study makes out of the surgery: other operators and parts, and shuffled decoders."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interventions.dosing import scaled
 from interventions.operators import Add, Clamp, Floor, Strengthen
 from interventions.recipe import FeatureEdit, Recipe, WindowRule
 from sae.dictionary import Dictionary, LinearDictionary
 from undertow.core.errors import DictionaryError, SpecError
 from undertow.core.seeds import generator
-
-__all__ = ["AbsentArmError", "added", "before_decision", "level_of", "part", "renamed", "scaled", "shuffled_decoder",
-           "with_operator"]
 
 
 class AbsentArmError(Exception):

@@ -133,9 +133,10 @@ def splice(subject: Subject, site: Site, edit: Edit, norm_ceiling: float | None 
 
     def on_call(_module: nn.Module, args: Any, kwargs: Any) -> None:
         call = signature.bind_partial(*args, **kwargs).arguments
-        readable, cached = _readable_positions(call), _past(call)
+        sees, cached = _sees(call), _past(call)
+        readable = _readable_positions(call, sees, cached)
         inside = None if window is None else window.columns(cached, readable.shape[1])
-        under_way[:] = [_Pass(call.get("past_key_values"), cached, _sees(call), readable, inside)]
+        under_way[:] = [_Pass(call.get("past_key_values"), cached, sees, readable, inside)]
 
     def edited(x: Tensor) -> Tensor:
         of = under_way[0]
@@ -144,9 +145,8 @@ def splice(subject: Subject, site: Site, edit: Edit, norm_ceiling: float | None 
             readable = readable & (x.norm(dim=-1) <= norm_ceiling)
         allowed = readable if inside is None else readable & inside.to(x.device)
         result = _fitting(edit(x, allowed if memory is None else readable), x, site)
-        acts = result.fired & allowed
-        if memory is not None:
-            acts = past.opened(memory, of, result.fired & readable) & allowed
+        fired = result.fired & readable
+        acts = (fired if memory is None else past.opened(memory, of, fired)) & allowed
         delta = _finite(torch.where(acts[..., None], result.delta, 0.0), site)
         counts.positions += int(allowed.sum())
         counts.firings += int(acts.sum())
@@ -222,18 +222,18 @@ class _Past:
         return memory.opened(whole, fired.shape[1])
 
 
-def _readable_positions(call: dict[str, Any]) -> Bool[Tensor, "batch pos"]:
+def _readable_positions(call: dict[str, Any], sees: Bool[Tensor, "batch pos column"] | None, past: int
+                        ) -> Bool[Tensor, "batch pos"]:
     """True on tokens that are neither padding nor the first token of their sequence, from the model's own arguments."""
     inputs = call.get("input_ids")
     inputs = call["inputs_embeds"] if inputs is None else inputs
     batch, length = inputs.shape[:2]
-    mask, sees = call.get("attention_mask"), _sees(call)
+    mask = call.get("attention_mask")
     if sees is not None:
         return sees.sum(dim=-1) > 1
     if isinstance(mask, Tensor) and mask.ndim == 2:
         rank = mask.long().cumsum(1)[:, -length:]
         return mask[:, -length:].bool() & (rank > 1)
-    past = _past(call)
     return (torch.arange(past, past + length, device=inputs.device) > 0).expand(batch, length)
 
 
