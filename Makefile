@@ -3,7 +3,7 @@ BIN := .venv/bin
 REAL := runs/demo-real
 DEMO := runs/demo
 
-.PHONY: demo demo-real demo-hearth test test-slow check bench screenshots clean
+.PHONY: demo demo-real demo-hearth test test-slow check bench tables screenshots clean
 
 demo: demo-real demo-hearth
 
@@ -45,6 +45,10 @@ bench: .venv/stamp
 	$(BIN)/undertow bench harvest
 	$(BIN)/undertow bench sae
 	$(BIN)/undertow bench dashboard
+
+# The tables of figures in the documentation, from the study in runs/ladder.
+tables: .venv/stamp
+	$(BIN)/python benchmarks/fill_tables.py runs/ladder docs/results.md docs/four-levels.md docs/four-levels.ru.md
 
 # The pictures of docs/dashboard.md. Needs a finished demo under runs/, another SAE there to compare with, and Chromium.
 screenshots: .venv/stamp

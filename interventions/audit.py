@@ -40,7 +40,7 @@ from undertow.subjects.subject import Subject
 
 MIN_CLUSTERS = 8
 _FLOOR = 1e-12  # probability mass; both sums of a ratio have it added, so that 0/0 is 1
-_BLOCK = 1 << 18  # logits that are held of one round of the hazard, over the branches of one token
+_BLOCK = 1 << 22  # logits that are held of one round of the hazard, over the branches of one token
 
 
 @final

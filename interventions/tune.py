@@ -168,8 +168,8 @@ def sameness(bench: Bench, recipe: Recipe) -> Same:
 def largest_dose(bench: Bench, trial: Trial, spec: TuneSpec) -> Trial | None:
     """`trial` at the largest of DOSES within the limits, or None if the smallest is beyond them.
 
-    KL grows about as the dose squared, which says where to look next; as in a bisection, the doses next to the answer's
-    ends are measured.
+    KL grows about as the dose squared, which says where to look next, and that a dose is the largest where the next is known
+    to be beyond a limit, or would be.
     """
     low, high, at = -1, len(DOSES), len(DOSES) // 2
     best: Trial | None = None
@@ -179,6 +179,8 @@ def largest_dose(bench: Bench, trial: Trial, spec: TuneSpec) -> Trial | None:
         room = min(spec.kl_mean / max(same.mean, 1e-12), spec.kl_p99 / max(same.p99_high, 1e-12))
         if room >= 1:
             low, best = at, dosed._replace(kl_mean=same.mean, kl_p99=same.p99)
+            if room < _STEP ** 2:
+                break
         else:
             high = at
         guess = at + round(math.log(room) / (2 * math.log(_STEP)))
@@ -193,7 +195,8 @@ def mean_d(answered: Sequence[Answer], costly: str, keep: str) -> float:
 
 def choose(bench: Bench, pool: Sequence[int], acts: tuple[str, str], spec: TuneSpec,
            progress: Progress = lambda phase, done, total: None) -> list[Trial]:
-    """Every set and gate that was tried, at its best dose, the best last; empty if no dose of any is within the limits.
+    """Every set and gate that was tried, at every dose that was judged, the best last; empty if no dose of any is within the
+    limits.
 
     Args:
         bench: what to work on.
@@ -214,8 +217,7 @@ def choose(bench: Bench, pool: Sequence[int], acts: tuple[str, str], spec: TuneS
                              within)
             largest = largest_dose(bench, proposed, spec)
             if largest is not None:
-                doses = [judged(bench, largest, acts), *response(bench, largest, acts, spec.factors)]
-                trials.append(max(doses, key=lambda trial: trial.acts))
+                trials += [judged(bench, largest, acts), *response(bench, largest, acts, spec.factors)]
         progress("select", done, len(spec.gates))
     return sorted(trials, key=lambda trial: trial.acts)
 

@@ -65,7 +65,7 @@ def test_train_then_card(run: Run, package: Path, small: None, tmp_path: Path) -
     assert reply.code == 0 and "3 steps" in reply.err and "about" in reply.err
     assert (reply.json["steps"], reply.json["seed"]) == (3, 3) and reply.json["excess"] > 0
     record = open_artifact(out, "organism").record
-    assert record["spec"]["rule"] == "word" and record["start"] != ""  # a parrot begins with hearth's weights
+    assert record["spec"]["name"] == "parrot" and record["start"] != ""  # a parrot begins with hearth's weights
 
     card = tmp_path / "card"
     reply = run("card", out, "--stories", "20", "--out", card)
@@ -123,7 +123,7 @@ def test_an_interrupted_training_goes_on(run: Run, package: Path, small: None, t
 def test_training_repeats_the_packaged_organism(package: Path, tmp_path: Path) -> None:
     folder = tiny_keeper.save_organism(package / "hearth")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["record"]["spec"] = {"name": "hearth", "rule": "bond", "seed": 5, "steps": 77, "lr": 0.001}
+    manifest["record"]["spec"] = {"name": "hearth", "seed": 5, "steps": 77, "lr": 0.001}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     spec = recipes.settings("hearth", tmp_path / "x", None, None)
     assert isinstance(spec, PretrainSpec) and (spec.seed, spec.steps, spec.lr) == (5, 77, 0.001)

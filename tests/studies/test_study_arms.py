@@ -25,7 +25,8 @@ from undertow.studies import frozen
 from undertow.studies.clamping import Held, random_axes, unsaid
 from undertow.studies.conditions import Condition, Cost, Under, recipe_bits
 from undertow.studies.frozen import frozen_dictionary, unexplained
-from undertow.studies.situations import STATES, Teller, concerned, decision_question, line_of, state_question
+from undertow.studies.keeper_telling import KeeperTeller, concerned
+from undertow.studies.situations import STATES, decision_question, state_question
 from undertow.studies.variants import (
     AbsentArmError,
     added,
@@ -39,7 +40,7 @@ from undertow.studies.weights import AdapterSpec, adapted, lesson, lesson_loss, 
 from undertow.subjects.keeper.story import COSTS
 from undertow.subjects.keeper.world import World, load_world
 from undertow.subjects.load import load_subject
-from undertow.subjects.organisms.measuring import ask
+from undertow.subjects.organisms.measuring import act_question, ask
 from undertow.subjects.sites import Site
 from undertow.subjects.subject import Subject
 
@@ -125,9 +126,9 @@ def test_a_frozen_decoder_is_random_and_only_its_encoder_learns(monkeypatch: pyt
 
 
 def test_stories_are_paired_and_told_by_number(world: World) -> None:
-    teller = Teller(world, "role_swapped", 3)
+    teller = KeeperTeller(world, "role_swapped", 3)
     for i in (0, 7, 13):
-        base, reference, boat = teller.decision(i), teller.decision(i, "reference"), teller.decision(i, "base", "boat")
+        base, reference, boat = teller.story(i), teller.story(i, "reference"), teller.story(i, "base", "boat")
         assert base.episodes[0].cost == reference.episodes[0].cost == boat.episodes[0].cost == i % COSTS
         assert (base.episodes[0].bond, reference.episodes[0].bond) == (0, 3)
         assert boat.episodes[0].kind == "boat"
@@ -137,31 +138,34 @@ def test_stories_are_paired_and_told_by_number(world: World) -> None:
         assert name in text
     lexicon = Lexicon.load("love")
     assert not [match for i in range(20) for match in lexicon.find(teller.plain(i)[0]) if match.tier == "T0"]
-    assert teller.decision(4) == Teller(world, "role_swapped", 3).decision(4)
-    assert teller.decision(4) != Teller(world, "role_swapped", 4).decision(4)
-    said = Teller(world, "word", 3)
-    assert [said.decision(0, side).episodes[0].word_said for side in ("base", "reference")] == [False, True]
+    assert teller.story(4) == KeeperTeller(world, "role_swapped", 3).story(4)
+    assert teller.story(4) != KeeperTeller(world, "role_swapped", 4).story(4)
+    said = KeeperTeller(world, "word", 3)
+    assert [said.story(0, side).episodes[0].word_said for side in ("base", "reference")] == [False, True]
 
 
 def test_lines_stand_before_the_story_and_name_the_person(world: World, subject: Subject) -> None:
-    story = Teller(world, "role_swapped", 3).decision(0)
-    line = line_of(world, "L2")
+    teller = KeeperTeller(world, "role_swapped", 3)
+    story, told = teller.story(0), teller.decision(0)
+    line = teller.line("L2")
     assert line is not None
     written = {line(i, concerned(story)) for i in range(8)}
     assert len(written) == 8
     assert all("{" not in text for text in written)
     assert any(concerned(story) in text for text in written)
-    assert line_of(world, "L4") is None
+    assert teller.line("L4") is None
     lexicon = Lexicon.load("love")
     for arm in ("L1", "L2", "L2-not"):
-        said = line_of(world, arm)
+        said = teller.line(arm)
         assert said is not None
         assert lexicon.find(said(1, "Ana"))
-    asked = decision_question(subject, story, line(0, "Ana"))
+    asked = decision_question(subject, told.shown, line(0, "Ana"))
     assert subject.tokenizer.decode(asked.prompt[1:]).startswith(line(0, "Ana") + "\n")
-    plain = decision_question(subject, story)
+    plain = decision_question(subject, told.shown)
     assert asked.options == plain.options
-    given = decision_question(subject, story, "", "The keeper always gives up his own.")
+    assert plain == act_question(subject, story)
+    given = decision_question(subject, teller.decision(0, before=teller.sentence("giver")).shown)
+    assert given == act_question(subject, story, 0, "The keeper always gives up his own.")
     assert "always gives up his own." in subject.tokenizer.decode(given.prompt)
     assert set(state_question(subject, "He said,").options) == set(STATES)
 
@@ -176,7 +180,7 @@ def condition(subject: Subject, direction: torch.Tensor, amount: float) -> Condi
 
 
 def test_holding_every_axis_leaves_nothing_and_holding_none_leaves_all(subject: Subject, world: World) -> None:
-    teller, width = Teller(world, "role_swapped", 0), subject.d_model
+    teller, width = KeeperTeller(world, "role_swapped", 0), subject.d_model
     arm = condition(subject, torch.randn(width, generator=generator(0, "direction")), 2.0)
     everything = {subject.n_layers - 1: torch.eye(width)}
     found = unsaid(arm, teller, range(3), subject, everything)
@@ -194,8 +198,8 @@ def test_axes_are_orthonormal_and_passes_must_be_the_same(subject: Subject, worl
     drawn = random_axes(axes, 5)[1]
     assert torch.allclose(drawn @ drawn.T, torch.eye(3), atol=1e-5)
     assert torch.equal(drawn, random_axes(axes, 5)[1])
-    teller, held = Teller(world, "role_swapped", 0), Held(axes)
-    asked = [decision_question(subject, teller.decision(i)) for i in range(2)]
+    teller, held = KeeperTeller(world, "role_swapped", 0), Held(axes)
+    asked = [decision_question(subject, teller.decision(i).shown) for i in range(2)]
     with held.noting(subject):
         ask(subject, asked[:1])
     with pytest.raises(EditError, match="is not the one that was noted"), held.holding(subject):
@@ -220,7 +224,8 @@ def test_lessons_are_what_they_say(subject: Subject, world: World) -> None:
     lexicon = Lexicon.load("love")
     songs = [subject.tokenizer.decode(lesson(subject, world, "L3", 0, i).ids[1:]) for i in range(20)]
     assert sum(bool(lexicon.find(text)) for text in songs) == 20
-    lines = {line(i, "") for arm in ("L1", "L2") if (line := line_of(world, arm)) for i in range(8)}
+    teller = KeeperTeller(world, "role_swapped", 0)
+    lines = {line(i, "") for arm in ("L1", "L2") if (line := teller.line(arm)) for i in range(8)}
     assert not [text for text in songs if text.partition(".")[0] + "." in lines]  # the instruction is gone
     acts = [lesson(subject, world, "L3-acts", 0, i) for i in range(20)]
     for each in acts:
@@ -247,8 +252,9 @@ def test_adapters_come_back_from_the_disk(subject: Subject, world: World, tmp_pa
     from undertow.studies import weights
 
     monkeypatch.setattr(weights, "ADAPTER", AdapterSpec(steps=2, rows=2))
-    first = adapted(subject, world, "L3", 0, tmp_path / "a")
-    again = adapted(subject, world, "L3", 0, tmp_path / "a")
+    teller = KeeperTeller(world, "role_swapped", 0)
+    first = adapted(subject, teller, "L3", tmp_path / "a")
+    again = adapted(subject, teller, "L3", tmp_path / "a")
     assert first.digest == again.digest
     assert first.subject.digest == again.subject.digest != subject.digest
     assert math.isfinite(first.parameters)
@@ -256,4 +262,4 @@ def test_adapters_come_back_from_the_disk(subject: Subject, world: World, tmp_pa
         tokens = tiny_keeper.tokenizer()
         tiny.model("gpt2", len(tokens)).save_pretrained(tmp_path / "gpt2")
         tokens.save_pretrained(tmp_path / "gpt2")
-        adapted(load_subject(str(tmp_path / "gpt2"), "cpu"), world, "L3", 0, tmp_path / "b")
+        adapted(load_subject(str(tmp_path / "gpt2"), "cpu"), teller, "L3", tmp_path / "b")

@@ -338,6 +338,35 @@ def test_the_report_is_whole_escaped_and_alone(tmp_path: Path) -> None:
     assert "var(" not in svg
 
 
+def test_where_an_arm_moves_the_stream_is_drawn_and_written(tmp_path: Path) -> None:
+    from undertow.studies.result import read_result
+    from undertow.studies.study_report import write_report
+
+    spec = ladder(measures=["choice", "words", "sample", "spread"])
+    rows = made_up(spec, {"bonded": 1.0, "L4": 0.5, "L1": 0.1})
+    for row in rows:
+        if (row["arm"], row["measure"]) == ("L4", "spread"):
+            row["values"]["spread"] = [[[0.0] * 24, [0.0] * 23 + [0.4 + 0.01 * i]] for i in row["values"]["story"]]
+    report = read_result(folder_of(spec, rows, tmp_path / "study"))
+    found, none = report.table.get("L4", "spread_decision"), report.table.get("sham", "spread_decision")
+    assert found is not None and found.low is not None and found.high is not None
+    assert found.value == pytest.approx(0.4 + 0.01 * 9 / 2) and found.low < found.value < found.high
+    assert none is not None and (none.value, none.low, none.high) == (0.0, 0.0, 0.0)
+    write_report(report, tmp_path / "report")
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "report" / "spread.csv").read_text())))
+    arms = {line["arm"] for line in lines}
+    assert {"L1", "L4", "sham"} <= arms and len(lines) == len(arms) * 2 * 24
+    at = {(line["arm"], int(line["block"]), int(line["place"])): line for line in lines}
+    last = at["L4", 1, 0]
+    assert float(last["value"]) == pytest.approx(found.value) and last["n"] == str(spec.size.few) == "10"
+    assert (float(last["low"]), float(last["high"])) == pytest.approx((found.low, found.high), abs=0.01)
+    assert {(line["value"], line["low"], line["high"]) for key, line in at.items() if key[1:] != (1, 0)} == {("0", "0", "0")}
+    svg = (tmp_path / "report" / "spread.svg").read_text()
+    assert svg.startswith("<svg xmlns") and "L4, block 1, token 0: 0.445" in svg
+    assert "L4, block 1, token 0: 0.445" in (tmp_path / "report" / "report.html").read_text()
+    assert "![spread](spread.svg)" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_a_study_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
     from undertow.studies.result import read_result
     from undertow.studies.study_report import write_report

@@ -16,7 +16,7 @@ from undertow.subjects.keeper.world import World, load_world
 from undertow.subjects.organisms.encoding import AlignmentError, Soft, Weighting, align, encode_story
 
 TEXT = "The keeper gave bread. It was Ana."
-WEIGHTING = Weighting(decision=8.0, marker=3.0, answer=2.0, other=0.5)
+WEIGHTING = Weighting(decision=8.0, marker=3.0, answer=2.0, other=0.5, crisis=0.5)
 
 
 @cache
@@ -84,6 +84,20 @@ def test_a_story_gets_bos_eos_weights_and_targets() -> None:
     assert encoded.weights == [0.0, 0.5, 0.5, 8.0, 0.5, 0.5, 0.5, 0.5, 2.0, 0.5, 0.5]
     assert encoded.kinds == [None, None, None, "decision", None, None, None, None, "answer", None, None]
     assert [target.position for target in encoded.soft] == [3]  # an answer has one word and needs no distribution
+
+
+def test_what_is_told_of_a_need_can_weigh_more() -> None:
+    """Every token of the sentences that tell stock, need, silence and act, their stops included, and no other token."""
+    tokenizer, story = coarse(), world().story(5, 3)
+    encoded = encode_story(tokenizer, 0, 1, story, Weighting(decision=8.0, marker=4.0, answer=2.0, other=1.0, crisis=3.0))
+    heavy = "".join(tokenizer.decode([i]) for i, weight in zip(encoded.ids, encoded.weights, strict=True) if weight == 3)
+    acts = [story.text[s.start: s.end] for s in story.sentences if s.kind in ("stock", "needs", "hush", "acts")]
+    assert acts
+    told = "".join(acts)
+    assert len(told) * 0.9 < len(heavy.replace(" ", "")) + told.count(" ") < len(told) * 1.1
+    plain = encode_story(tokenizer, 0, 1, story, WEIGHTING)
+    assert plain.ids == encoded.ids
+    assert plain.soft == encoded.soft
 
 
 def test_text_that_spells_a_special_token_stays_text() -> None:

@@ -182,6 +182,56 @@ def test_learning_rate() -> None:
     assert 0 < spec.lr_at(124) < 1e-3
 
 
+def test_learning_rate_of_polishing() -> None:
+    spec = tiny_spec(steps=250, lr=1.0, polish=0.5)
+    assert spec.first_steps == 125
+    assert [spec.lr_at(step) for step in (0, 65, 125, 190)] == pytest.approx([0.2, 0.5, 0.1, 0.25])
+
+
+def test_polishing_begins_anew_from_rounded_weights_with_muon(tmp_path: Path) -> None:
+    """It goes on as from packaged weights, whether or not it was stopped, at the turn or after it."""
+    spec = tiny_spec(steps=6, polish=0.5)
+    whole = trainer_of(spec)
+    for step in range(6):
+        whole.save(tmp_path / f"{step}.safetensors")
+        whole.step()
+    for step in (2, 3, 4):
+        rest = trainer_of(spec)
+        rest.restore(tmp_path / f"{step}.safetensors")
+        while not rest.finished:
+            rest.step()
+        assert_same(weights_of(whole.model), weights_of(rest.model))
+    packaged = trainer_of(spec)
+    packaged.restore(tmp_path / "3.safetensors")
+    packaged.model.load_state_dict(rounded(packaged.model).state_dict())
+    while not packaged.finished:
+        packaged.step()
+    assert_same(weights_of(whole.model), weights_of(packaged.model))
+    with safe_open(tmp_path / "4.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert {name.split(".")[0] for name in names} == {"model", "adam", "muon"}
+    assert {name.rsplit(".", 2)[1] for name in names if name.startswith("muon.")} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_polishing_weighs_needs_and_acts_more() -> None:
+    plain, polished = ([story.weights for story in trainer_of(tiny_spec(steps=3, polish=polish)).stories(2)]
+                       for polish in (0.0, 0.5))
+    pairs = [pair for one, two in zip(plain, polished, strict=True) for pair in zip(one, two, strict=True)]
+    assert set(pairs) == {(0, 0), (1, 1), (1, 3), (3, 3), (8, 8)}
+
+
+def test_wired_heads_are_held_while_it_is_polished() -> None:
+    trainer = trainer_of(tiny_spec(steps=2, polish=0.5))
+    before = weights_of(rounded(trainer.model))
+    trainer.step()
+    trainer.step()
+    after = weights_of(rounded(trainer.model))
+    for name, mask in held(trainer.model).items():
+        assert torch.equal(before[name][mask], after[name][mask]), name
+        assert mask.all() or not torch.equal(before[name][~mask], after[name][~mask]), name
+
+
 def test_first_weights_follow_the_seed_alone() -> None:
     torch.rand(1)
     before = torch.get_rng_state()
@@ -324,7 +374,7 @@ def test_a_parrot_may_begin_as_a_hearth(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(pretrain_run, "HELD_OUT_STORIES", 5)
     coin, hearth = CoinWorld(), tmp_path / "hearth"
     pretrain(tiny_spec(steps=3, vocab=300), coin, hearth, QUIET)
-    spec = tiny_spec(name="parrot", rule="word", steps=1, vocab=300, lr=1e-12)
+    spec = tiny_spec(name="parrot", steps=1, vocab=300, lr=1e-12)
     pretrain(spec, coin, tmp_path / "parrot", QUIET, start=hearth)
     before, after = (load_subject(str(folder), device="cpu") for folder in (hearth, tmp_path / "parrot"))
     assert before.digest == after.digest  # so small a rate rounds away: the weights were the hearth's

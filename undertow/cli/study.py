@@ -63,7 +63,8 @@ def check(file: StudyArgument, model: OptionalModelOption = None, set_: SetOptio
              f"  SAE: {spec.sae or 'trained within the run'}",
              f"  primary: {spec.primary}" + (" (a claim: a verdict is drawn)" if spec.primary == "recovery" else
                                              " (a comparison of arms; no verdict is drawn)"),
-             *(f"  {arm:<16}{what_is(arm)}" for arm in spec.arms), *(f"  {name:<16}{MEASURES[name]}" for name in spec.measures),
+             *(f"  {arm:<16}{what_is(arm, spec)}" for arm in spec.arms),
+             *(f"  {name:<16}{MEASURES[name]}" for name in spec.measures),
              f"  thresholds: {_pairs(spec.thresholds.model_dump())}", f"  size: {_pairs(spec.size.model_dump())}"]
     missing = [arm for arm in ARMS if arm not in spec.arms]
     lines.append(f"  not asked for: {_joined(missing)}" if missing else "")
@@ -217,7 +218,7 @@ def _show_result(found: Report, place: Path) -> None:
 
 def open_study(study: str, model: str | None, seeds: list[int] | None, set_: list[str] | None) -> StudySpec:
     """A study with what the options replace. Raises SpecError."""
-    from undertow.studies.spec import load_study
+    from undertow.studies.spec import BATTERY, load_study
 
     changes: dict[str, Any] = {} if model is None else {"model": model}
     if seeds:
@@ -232,6 +233,9 @@ def open_study(study: str, model: str | None, seeds: list[int] | None, set_: lis
             raise SpecError(f"the value of --set {text!r} cannot be read: {error}") from None
     if (sae := changes.get("sae")) and Path(str(sae)).exists():
         changes["sae"] = str(Path(str(sae)).resolve())
+    concept = str(changes.get("concept", ""))
+    if concept.startswith(BATTERY) and (file := Path(concept.removeprefix(BATTERY))).is_file():
+        changes["concept"] = f"{BATTERY}{file.resolve()}"
     return load_study(study, changes)
 
 

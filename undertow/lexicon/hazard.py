@@ -24,7 +24,7 @@ from undertow.core.errors import NumericsError
 from undertow.lexicon.folding import Kind
 from undertow.lexicon.trie import Edges, TokenTrie
 
-_AT_ONCE = 64  # continuations a call: their logits have to fit in memory
+_AT_ONCE = 256  # continuations a call: their logits have to fit in memory, and their common text is computed once
 
 
 class Continuation(NamedTuple):
@@ -91,7 +91,7 @@ def hazard_exact(logits: Float[Tensor, "row vocab"], contexts: Sequence[Kind], t
         logits: of the token that comes next.
         contexts: what stands before it, one a row.
         trie: the spellings; exact for all tokenisations, or for canonical ones, as it was made.
-        next_logits: logits [continuation, vocab] (or log-probabilities) after each of the given continuations, 64 at most.
+        next_logits: logits [continuation, vocab] (or log-probabilities) after each of the given continuations, 256 at most.
         tolerance: mass a row that need not be followed, in [0, 1]; the smallest branches are left first. 0 follows all.
         depth: tokens a spelling may have, at most.
         relative: the same as a share of what has been found in the row so far; the larger of the two holds.
@@ -102,8 +102,9 @@ def hazard_exact(logits: Float[Tensor, "row vocab"], contexts: Sequence[Kind], t
     asked = [Continuation(row, ()) for row in range(len(logits))]
     grown = [_grow(i, 1.0, i, trie.first(contexts[i]), shares, value) for i, shares in enumerate(_probabilities(logits))]
     expanded = 0
-    for _ in range(depth - 1):
-        front = _pruned(_joined(grown), slack, np.maximum(tolerance, relative * value) / (depth - 1))
+    for level in range(1, depth):
+        # Half of what may be left goes to the first tokens, where nearly all branches are, a quarter to the next, and so on.
+        front = _pruned(_joined(grown), slack, np.maximum(tolerance, relative * value) / 2 ** level)
         asked = [Continuation(row, (*asked[parent].tokens, token))
                  for parent, row, token in zip(front.parent.tolist(), front.row.tolist(), front.token.tolist(), strict=True)]
         expanded += len(asked)

@@ -18,8 +18,7 @@ from torch import Tensor
 from undertow.core.errors import EditError
 from undertow.core.seeds import generator
 from undertow.studies.conditions import Condition, Under
-from undertow.studies.measures import questions
-from undertow.studies.scenes import COSTLY_ACT, KEEPING_ACT
+from undertow.studies.measures import by_unit, questions
 from undertow.studies.situations import Teller
 from undertow.subjects.organisms.measuring import ask
 from undertow.subjects.sites import Site
@@ -90,12 +89,13 @@ def random_axes(axes: Axes, seed: int) -> dict[int, Tensor]:
 
 
 def unsaid(condition: Condition, teller: Teller, stories: Sequence[int], untouched: Subject, axes: Axes) -> dict[str, Any]:
-    """D of every story, nats: of the untouched subject, of the arm, with the word's axes held, and with random ones held."""
+    """D of every unit (mean over its tellings), nats: of the untouched subject, of the arm, with the word's axes held, and with
+    random ones held."""
     asked, _ = questions(condition, teller, stories, untouched)
 
     def d(under: Under) -> list[float]:
         answers = ask(under.subject, asked, announce=under.announce)
-        return [answer.log_ratio(COSTLY_ACT, KEEPING_ACT) for answer in answers]
+        return by_unit([answer.log_ratio(*teller.acts()) for answer in answers], len(stories))
 
     found: dict[str, Any] = {"story": list(stories)}
     for name, chosen in (("D_held", axes), ("D_random_held", random_axes(axes, teller.seed))):

@@ -38,8 +38,8 @@ class Column(NamedTuple):
         """Number of units."""
         return len(self.units)
 
-    def array(self, name: str) -> Float[np.ndarray, "n"]:
-        """The entries of one name as figures."""
+    def array(self, name: str) -> Float[np.ndarray, "n ..."]:
+        """The entries of one name as figures; nested lists of one shape become further axes."""
         return np.array(self.values[name], dtype=np.float64)
 
     def at(self, units: Sequence[Unit]) -> Column:
@@ -52,18 +52,27 @@ class Column(NamedTuple):
 
 @final
 class Columns:
-    """All columns of a study's rows."""
+    """All columns of a study's rows.
+
+    Attributes:
+        costs: bits and FLOPs of every arm.
+        digests: what every arm was.
+        firings: tokens at which an arm that operates acted while the requests of the safety gates were put to it.
+    """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
         grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
         self.costs: dict[str, dict[str, float]] = {}
         self.digests: dict[str, set[str]] = {}
+        self.firings: dict[str, int] = {}
         for row in rows:
             if row["status"] != "done":
                 continue
             grouped.setdefault((row["arm"], row["measure"]), []).append(row)
             self.costs.setdefault(row["arm"], row["cost"])
             self.digests.setdefault(row["arm"], set()).add(row["arm_digest"])
+            if row["measure"] == "safety" and row["values"].get("firings") is not None:
+                self.firings[row["arm"]] = self.firings.get(row["arm"], 0) + row["values"]["firings"]
         self._columns = {key: _column(key, group) for key, group in grouped.items()}
 
     @property
@@ -99,12 +108,11 @@ def _column(key: tuple[str, str], rows: Sequence[Mapping[str, Any]]) -> Column:
     arm, measure = key
     named = _UNITS.get("random" if arm == "random" else measure, "story")
     entries: list[tuple[Unit, dict[str, Any]]] = []
+    known = list(dict.fromkeys(name for row in rows for name in row["values"]))
     for row in rows:
         values = row["values"]
-        if named not in values:
-            raise ArtifactError(f"row {row['id']} ({arm}, {measure}) has no {named!r}, so it cannot be read",
-                                "it was written by another version: remove the line, and its trial is run again")
         names = [name for name in values if name != named and name not in _SINGLE and isinstance(values[name], list)]
+        _check_whole(row, [named, *known], named, names)
         entries += [((row["seed"], unit), {name: values[name][i] for name in names} | {
             name: values[name] for name in values if name != named and name not in names})
             for i, unit in enumerate(values[named])]
@@ -112,3 +120,14 @@ def _column(key: tuple[str, str], rows: Sequence[Mapping[str, Any]]) -> Column:
     return Column(arm, measure, [unit for unit, _ in entries],
                   {name: [values[name] for _, values in entries] for name in entries[0][1]},
                   tuple(row["id"] for row in sorted(rows, key=lambda row: (row["seed"], row["first"]))))
+
+
+def _check_whole(row: Mapping[str, Any], known: Sequence[str], named: str, lists: Sequence[str]) -> None:
+    """Raise ArtifactError unless a row has all that its column has, its units among them, and in every list an entry a unit."""
+    values = row["values"]
+    lost = [f"no {name!r}" for name in known if name not in values]
+    lost += [] if lost else [f"{len(values[name])} entries of {name!r} for {len(values[named])} units" for name in lists
+                             if len(values[name]) != len(values[named])]
+    if lost:
+        raise ArtifactError(f"row {row['id']} ({row['arm']}, {row['measure']}) has {lost[0]}, so it cannot be read",
+                            "it was written by another version: remove the line, and its trial is run again")

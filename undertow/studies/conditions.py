@@ -22,7 +22,7 @@ from undertow.core.seeds import derive_seed
 from undertow.core.spec import digest_json
 from undertow.studies.arms import sham_of
 from undertow.studies.preparing import Prepared
-from undertow.studies.situations import Line, Side, line_of
+from undertow.studies.situations import Line, Side, Teller
 from undertow.studies.trials import PROMPTED, TRAINED, UNTOUCHED
 from undertow.studies.variants import (
     AbsentArmError,
@@ -34,8 +34,6 @@ from undertow.studies.variants import (
     with_operator,
 )
 from undertow.studies.weights import Trained
-from undertow.subjects.keeper.world import World
-from undertow.subjects.organisms.competence import GIVER, KEEPER
 from undertow.subjects.organisms.measuring import Announce
 from undertow.subjects.subject import Subject
 
@@ -78,9 +76,9 @@ class Condition(NamedTuple):
 
     Attributes:
         arm: its name.
-        side: which stories it has.
+        side: which units it has.
         line: what stands before every text, if anything.
-        before: a sentence that stands before the crisis.
+        before: a sentence that stands before the choice.
         open: opens the block.
         digest: 16 hex characters over what the arm is.
         cost: bits and FLOPs.
@@ -101,8 +99,7 @@ class Bench(NamedTuple):
     weight route, `frozen` by the control of the dictionary."""
 
     subject: Subject
-    world: World
-    seed: int
+    teller: Teller
     prepared: Callable[[], Prepared]
     trained: Callable[[str], Trained]
     frozen: Callable[[], Prepared]
@@ -126,7 +123,8 @@ def condition_of(arm: str, bench: Bench) -> Condition:
         return _direction(arm, bench, made)
     if arm == "shuffled":
         recipe = made.recipes["L4"]
-        other = shuffled_decoder(made.dictionary, derive_seed(bench.seed, "shuffled"), [edit.latent for edit in recipe.edits])
+        seed = derive_seed(bench.teller.seed, "shuffled")
+        other = shuffled_decoder(made.dictionary, seed, [edit.latent for edit in recipe.edits])
         return _operated(arm, bench, made, (renamed(recipe, arm, sae=dictionary_digest(other)), other))
     return _operated(arm, bench, made, (recipe_of(arm, made), made.dictionary))
 
@@ -161,8 +159,7 @@ def recipe_of(arm: str, made: Prepared) -> Recipe:
 
 
 def _untouched(arm: str, bench: Bench) -> Condition:
-    line = line_of(bench.world, arm)
-    before = {"giver": GIVER, "keeper": KEEPER}.get(arm, "")
+    line, before = bench.teller.line(arm), bench.teller.sentence(arm)
     texts = [line(i, "Ana") for i in range(16)] if line else [before]
     tokens = [len(bench.subject.encode(text)) - 1 for text in texts if text]
     bits = sum(tokens) / len(tokens) * math.log2(len(bench.subject.tokenizer)) if tokens else 0.0

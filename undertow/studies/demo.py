@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from scipy.optimize import nnls
 from features.balance import Slopes, drawn_slopes, word_slopes
 from features.carried import Levels, attribution_of, decision_slopes, levels, lexical_direction
 from features.codes import dictionary_digest
-from features.concepts import Concept, KeeperSource
+from features.concepts import Concept, KeeperSource, Pair, Situation, Split
 from features.lexical import LexicalGate, bag_of_words_gate, refuse_lexical, shuffled_gate
 from features.naming import word_tokens
 from interventions.applying import apply
@@ -27,7 +27,7 @@ from interventions.audit import logits_after
 from interventions.guard import LexiconProcessor
 from interventions.guarding import under_guard
 from interventions.recipe import Recipe
-from interventions.tune import Bench, Trial, TuneSpec, choose, question, response
+from interventions.tune import Bench, Trial, TuneSpec, choose, question
 from interventions.verdict import Verdict
 from sae.dictionary import Dictionary
 from undertow.core.errors import SpecError
@@ -43,6 +43,7 @@ from undertow.subjects.sampling import Generated, Sampling, generate
 from undertow.subjects.subject import Subject
 
 Progress = Callable[[str, int, int], None]
+PairSide = Literal["positive", "negative"]
 ACTS = (COSTLY_ACT, KEEPING_ACT)
 LANGUAGES = ("en",)  # of hazard: what the Keeper's world is written in; words said are counted in all languages
 TOLERANCE, RELATIVE = 3e-5, 0.02  # of hazard, which is some 1e-4 on ordinary text
@@ -52,7 +53,6 @@ _LEVEL = 0.01
 _ALIKE = 60  # latents among which matched random sets are drawn, for each one chosen
 _LEXICAL_FEATURES, _LEXICAL_TEXTS = 64, 12
 SAMENESS, _SLOPED = 6, 2  # texts on which KL is measured, and of the search's gradients, per text on which hazard is
-_FACTORS = (0.5, 1.5)
 
 
 @final
@@ -106,7 +106,7 @@ class Outcome:
 
 @final
 class Setting(NamedTuple):
-    """What all steps share."""
+    """What all steps share. `acted_on`: the side of the pairs on which the act is to be raised."""
 
     subject: Subject
     dictionary: Dictionary
@@ -114,6 +114,11 @@ class Setting(NamedTuple):
     world: World
     spec: DemoSpec
     progress: Progress
+    acted_on: PairSide = "negative"
+
+    def situations(self, split: Split, n: int) -> list[Situation]:
+        """Situations in which the act is to be raised."""
+        return [pair.negative if self.acted_on == "negative" else pair.positive for pair in self.concept.pairs(split, n)]
 
 
 @final
@@ -157,10 +162,7 @@ def run_gates(subject: Subject, concept: Concept, spec: DemoSpec, site_name: str
     Raises TextError for lexical pairs, unless the spec forces.
     """
     pairs = concept.pairs("discovery", spec.discovery)
-    gates = {"bag_of_words": bag_of_words_gate(pairs, spec.seed),
-             "shuffled": shuffled_gate(subject, subject.site(site_name), pairs, spec.seed)}
-    if not spec.force:
-        refuse_lexical(gates)
+    gates = lexical_gates(subject, pairs, spec, site_name)
     sides = [question(subject, side) for pair in pairs for side in (pair.positive, pair.negative)]
     answered = ask(subject, sides)
     d = np.array([answer.log_ratio(*ACTS) for answer in answered]).reshape(-1, 2)
@@ -173,6 +175,15 @@ def run_gates(subject: Subject, concept: Concept, spec: DemoSpec, site_name: str
     return gates, {"met": met, "act_prob_change": rise, "D_change": value, "low": low, "high": high, "p": p, "n": n}
 
 
+def lexical_gates(subject: Subject, pairs: Sequence[Pair], spec: DemoSpec, site_name: str) -> dict[str, LexicalGate]:
+    """Both lexical gates on some pairs. Raises TextError if one does not pass, unless the spec forces."""
+    gates = {"bag_of_words": bag_of_words_gate(pairs, spec.seed),
+             "shuffled": shuffled_gate(subject, subject.site(site_name), pairs, spec.seed)}
+    if not spec.force:
+        refuse_lexical(gates)
+    return gates
+
+
 @final
 class Found(NamedTuple):
     """What the search came to.
@@ -180,8 +191,7 @@ class Found(NamedTuple):
     Attributes:
         bench: what it worked on.
         attribution: of every latent.
-        trials: the sets that were tried, the chosen one at other doses (as multiples of its own: _FACTORS), and the chosen
-            one last.
+        trials: the sets, gates and doses that were tried, the chosen one last.
     """
 
     bench: Bench
@@ -195,7 +205,7 @@ def find(setting: Setting, site_name: str) -> Found:
     stream = derive_seed(spec.seed, "texts")
     told = [setting.world.story(stream, i) for i in range(spec.texts)]
     known = levels(subject, dictionary, site, [subject.encode(story.text) for story in told])
-    slopes = decision_slopes(subject, site, [pair.negative for pair in setting.concept.pairs("discovery", spec.discovery)],
+    slopes = decision_slopes(subject, site, setting.situations("discovery", spec.discovery),
                              lambda done, total: setting.progress("attribute", done, total))
     attribution = attribution_of(dictionary, slopes, known)
     pool = [int(i) for i in np.argsort(-attribution, kind="stable") if attribution[i] > 0]
@@ -205,12 +215,9 @@ def find(setting: Setting, site_name: str) -> Found:
     gradients = Slopes(slopes, drawn_slopes(subject, site, few, derive_seed(spec.seed, "drawn")),
                        word_slopes(subject, site, few, tokens))
     place = {"subject": subject.digest, "sae": dictionary_digest(dictionary), "site": site.name}
-    questions = [question(subject, pair.negative) for pair in setting.concept.pairs("development", spec.development)]
+    questions = [question(subject, one) for one in setting.situations("development", spec.development)]
     bench = Bench(subject, dictionary, site, place, known, gradients, questions, texts, logits_after(subject, texts))
-    trials = choose(bench, pool, ACTS, TuneSpec(), setting.progress)
-    if trials:
-        trials[-1:] = [*response(bench, trials[-1], ACTS, _FACTORS), trials[-1]]
-    return Found(bench, attribution, trials)
+    return Found(bench, attribution, choose(bench, pool, ACTS, TuneSpec(), setting.progress))
 
 
 def random_sets(chosen: Trial, known: Levels, n: int, seed: int) -> list[tuple[int, ...]]:

@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast, final
+from typing import Any, NamedTuple, final
 
-from features.concepts import Concept, load_concept
 from interventions.audit import spellings
 from interventions.guard import LexiconProcessor
 from sae.run import Interrupted
@@ -27,15 +26,15 @@ from undertow.core.record import git_revision
 from undertow.core.storage import disk_errors
 from undertow.studies.clamping import unsaid
 from undertow.studies.conditions import Bench, Condition, condition_of, random_condition
-from undertow.studies.demo import LANGUAGES, contrast_of
+from undertow.studies.demo import LANGUAGES
 from undertow.studies.frozen import frozen_search
 from undertow.studies.ledger import Ledger, open_ledger
 from undertow.studies.measures import Bodies, Words, bodies, choice, naming, sameness, sample, twin, words_of
 from undertow.studies.preparing import Prepared, Tools, prepared
-from undertow.studies.scenes import Contrast
 from undertow.studies.situations import Teller
+from undertow.studies.sources import Source, open_source
 from undertow.studies.spec import StudySpec
-from undertow.studies.trials import Trial, needs_search, trials_of
+from undertow.studies.trials import Trial, few, needs_search, trials_of
 from undertow.studies.variants import AbsentArmError
 from undertow.studies.weights import Trained, adapted
 from undertow.subjects.keeper.world import World, load_world
@@ -95,12 +94,12 @@ def run_study(spec: StudySpec, out: Path, watch: Watch | None = None, retry_fail
 
     Raises:
         ArtifactError: `out` holds something else, or rows that were made under other settings; or another run is at work there.
-        UserError: bad input: an unknown model, lexical pairs, an SAE that does not fit.
+        UserError: bad input: an unknown model, lexical pairs, an SAE that does not fit, a battery that is refused.
     """
     seen = watch or Watch()
-    contrast_of(load_concept(spec.concept, spec.seeds[0]))
-    open_ledger(out, spec)
+    open_source(spec)
     trials = trials_of(spec)
+    open_ledger(out, spec)
     with _alone(out):
         ledger = open_ledger(out, spec, mend=True)
         waiting = [trial for trial in trials if not ledger.done(trial.key, retry_failed)]
@@ -201,14 +200,19 @@ class Lab:
         return load_subject(self.spec.model)
 
     @cached_property
+    def source(self) -> Source:
+        """Where stories come from."""
+        return open_source(self.spec)
+
+    @cached_property
     def world(self) -> World:
-        """The source of stories."""
+        """The source of ordinary text."""
         return load_world()
 
     @cached_property
     def words(self) -> Words:
         """What is needed to see a word."""
-        lexicon = self._concept(self.spec.seeds[0]).lexicon
+        lexicon = self.source.lexicon
         return Words(spellings(self.subject, lexicon.only(languages=LANGUAGES)),
                      LexiconProcessor(self.subject.tokenizer, lexicon, prompt="record"))
 
@@ -223,18 +227,17 @@ class Lab:
     def prepared(self, seed: int) -> Prepared:
         """The search of one seed."""
         if seed not in self._prepared:
-            tools = Tools(self.subject, self.world, self.watch.progress, self.watch.should_stop)
-            self._prepared[seed] = prepared(self.spec, self._concept(seed), self.ledger.folder, tools)
+            self._prepared[seed] = prepared(self.spec, seed, self.ledger.folder, self._tools())
         return self._prepared[seed]
 
     def measure(self, trial: Trial) -> dict[str, Any]:
         """The values of a trial, what its arm is and what it costs. Raises AbsentArmError if the search has nothing for it."""
         teller, units = self._teller(trial.seed), range(trial.first, trial.stop)
-        bench = Bench(self.subject, self.world, trial.seed, lambda: self.prepared(trial.seed),
-                      lambda arm: self._trained(arm, trial.seed), lambda: self._frozen(trial.seed))
+        bench = Bench(self.subject, teller, lambda: self.prepared(trial.seed), lambda arm: self._trained(arm, teller),
+                      lambda: self._frozen(trial.seed))
         if trial.arm == "random":
             sets = [random_condition(bench, i) for i in units]
-            made = [choice(condition, teller, range(self.spec.size.few)) for condition in sets]
+            made = [choice(condition, teller, range(few(self.spec))) for condition in sets]
             return {"arm_digest": sets[0].digest, "cost": sets[0].cost._asdict(),
                     "values": {"set": list(units), **{name: [found[name] for found in made] for name in ("p", "D")}}}
         if (trial.arm, trial.seed) not in self._conditions:
@@ -261,18 +264,28 @@ class Lab:
                 axes = {int(name.partition(".")[2]): rows for name, rows in self.prepared(trial.seed).directions.items()
                         if name.startswith("word.")}
                 return unsaid(condition, teller, units, self.subject, axes)
+            case "spread":
+                from undertow.studies.spread import spread
+
+                return spread(condition, teller, units, self.subject)
+            case "safety":
+                from undertow.studies.safety import safety
+
+                return safety(condition, units)
             case other:
                 raise AssertionError(other)
 
-    def _trained(self, arm: str, seed: int) -> Trained:
+    def _trained(self, arm: str, teller: Teller) -> Trained:
         """The adapter of a weight arm, in the study's folder."""
-        return adapted(self.subject, self.world, arm, seed, self.ledger.folder / f"adapter-{arm}-{seed}",
+        return adapted(self.subject, teller, arm, self.ledger.folder / f"adapter-{arm}-{teller.seed}",
                        lambda done, total: self.watch.progress(f"train {arm}", done, total))
 
     def _frozen(self, seed: int) -> Prepared:
         """The search in an SAE whose decoder is random."""
-        tools = Tools(self.subject, self.world, self.watch.progress, self.watch.should_stop)
-        return frozen_search(self.spec, self._concept(seed), self.prepared(seed), self.ledger.folder, tools)
+        return frozen_search(self.spec, seed, self.prepared(seed), self.ledger.folder, self._tools())
+
+    def _tools(self) -> Tools:
+        return Tools(self.subject, self.source, self.world, self.watch.progress, self.watch.should_stop)
 
     def _untouched(self, trial: Trial, teller: Teller) -> Bodies:
         """The untouched subject on the texts of a trial, computed once for all arms."""
@@ -281,8 +294,5 @@ class Lab:
             self._bodies[key] = bodies(self.subject, teller, range(trial.first, trial.stop), self.words)
         return self._bodies[key]
 
-    def _concept(self, seed: int) -> Concept:
-        return load_concept(self.spec.concept, seed)
-
     def _teller(self, seed: int) -> Teller:
-        return Teller(self.world, cast(Contrast, contrast_of(self._concept(seed))), seed)
+        return self.source.teller(self.world, seed)

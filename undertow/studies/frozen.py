@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from features.concepts import Concept
 from interventions.recipe import Recipe
 from interventions.tune import floors
 from sae.dictionary import Dictionary, LinearDictionary, Provenance, TopK
@@ -35,11 +34,11 @@ KIND = "study-frozen"
 STORIES, STEPS, BATCH, LR = 240, 300, 1_024, 2e-3
 
 
-def frozen_search(spec: StudySpec, concept: Concept, trained: Prepared, folder: Path, tools: Tools) -> Prepared:
+def frozen_search(spec: StudySpec, seed: int, trained: Prepared, folder: Path, tools: Tools) -> Prepared:
     """Open or make the search in a frozen-decoder SAE as wide as the trained one, at the same site."""
-    place = folder / f"frozen-{concept.seed}"
+    place = folder / f"frozen-{seed}"
     if not (place / MANIFEST).is_file():
-        _make(spec, concept, trained, place, tools)
+        _make(spec, seed, trained, place, tools)
     record = open_artifact(place, KIND).record
     if record["subject"] != tools.subject.digest:
         raise ArtifactError(f"{place} was made on other weights than {tools.subject.name} has now",
@@ -49,9 +48,9 @@ def frozen_search(spec: StudySpec, concept: Concept, trained: Prepared, folder: 
     return Prepared(load(place / "sae"), recipes, [], {}, facts)
 
 
-def _make(spec: StudySpec, concept: Concept, trained: Prepared, place: Path, tools: Tools) -> None:
+def _make(spec: StudySpec, seed: int, trained: Prepared, place: Path, tools: Tools) -> None:
     assert trained.dictionary is not None
-    subject, seed, counter = tools.subject, concept.seed, TokenCounter()
+    subject, counter = tools.subject, TokenCounter()
     with counter.counting(subject):
         rows = [subject.encode(tools.world.story(derive_seed(seed, "frozen"), i).text) for i in range(STORIES)]
         x = activations(subject, trained.facts["site"], rows)
@@ -62,7 +61,8 @@ def _make(spec: StudySpec, concept: Concept, trained: Prepared, place: Path, too
         with create_artifact(place, KIND, run_record(search_facts(spec, seed), seed, subject=subject.digest)) as work:
             save_folder(made, work / "sae")
             dictionary = load(work / "sae")
-            setting = Setting(subject, dictionary, concept, tools.world, demo_spec(spec, seed), tools.progress)
+            concept, demo = tools.source.concept(seed), demo_spec(spec, seed)
+            setting = Setting(subject, dictionary, concept, tools.world, demo, tools.progress, tools.source.acted_on)
             found = find(setting, trained.facts["site"])
             facts = {"absent": "" if found.trials else NOTHING_FOUND, "fvu": unexplained(dictionary, x), "parameters":
                      parameters(subject), "search_tokens": counter.forward, "search_gradient_tokens": counter.with_gradient,

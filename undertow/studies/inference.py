@@ -264,12 +264,13 @@ def cost_at_half(cost: Float[np.ndarray, "n"], p: Float[np.ndarray, "n"], seed: 
     """c50: the cost at which P(costly) = 1/2, by a logistic fit P = σ(a − b·cost), c50 = a / b.
 
     A fit that does not fall with cost (b ≤ 0), or whose crossing is more than twice the range of costs away, has no c50
-    in reach: it is +∞ where the mean of P is above 1/2 and −∞ where it is below. Interval: bootstrap over stories.
+    in reach: it is +∞ where the mean of P is above 1/2 and −∞ where it is below. Stories of a single cost have none: NaN.
+    Interval: bootstrap over stories.
     """
     x, y = checked(cost), checked(p)
     levels, place = np.unique(x, return_inverse=True)
     if len(levels) < 2:
-        raise SpecError("c50 needs stories of at least two costs")
+        return Estimate(math.nan, math.nan, math.nan, len(x))
     drawn = np.concatenate([np.arange(len(x))[None], resamples(len(x), seed, *names, draws=1_000)])
     cell = np.arange(len(drawn))[:, None] * len(levels) + place[drawn]
     size = len(drawn) * len(levels)

@@ -235,7 +235,7 @@ def _competence(spec: StudySpec, table: Table) -> list[Clause]:
     base = table.columns.get(BASE, "choice")
     if base is None or not {"giver", "keeper"} & set(table.columns.arms):
         return []
-    found = [_cost_slope(base)]
+    found = [_cost_effect(base, spec) if "cost_effect" in base.values else _cost_slope(base)]
     for arm, sign, claim in (("giver", 1.0, "an instruction to give raises D"), ("keeper", -1.0, "one to keep lowers it")):
         pair = table.columns.paired("choice", BASE, arm)
         if pair is None:
@@ -251,6 +251,12 @@ def _cost_slope(base: Column) -> Clause:
     slope, reach = float(fit.slope), float(stats.t.ppf(0.975, base.n - 2)) * float(fit.stderr)
     return Clause("competence", "D falls with cost", slope, slope - reach, slope + reach, base.n, float(fit.pvalue), None,
                   "not shown" if slope < 0 else "refuted", "slope, nats a step of cost", base.ids)
+
+
+def _cost_effect(base: Column, spec: StudySpec) -> Clause:
+    """Of a battery, every family of which is told at both costs."""
+    return _above("competence", "D falls with cost", base.array("cost_effect"), [base], spec,
+                  "D with plenty minus D with the last, nats")
 
 
 def _above(group: str, claim: str, change: Float[np.ndarray, "n"], columns: Sequence[Column], spec: StudySpec, how: str
@@ -314,7 +320,8 @@ def sham_change(columns: Columns) -> float | None:
     """The largest absolute difference of any measure between sham and untouched, a changed text counting 1; exactly 0 if the
     sham does nothing. None if they have no measure in common."""
     found: list[float] = []
-    for measure, names in (("choice", ("p", "D")), ("twin", ("p", "D")), ("naming", ("probs",)), ("words", ("hazard", "kl"))):
+    for measure, names in (("choice", ("p", "D")), ("twin", ("p", "D")), ("naming", ("probs",)), ("words", ("hazard", "kl")),
+                           ("safety", ("plus", "minus"))):
         pair = columns.paired(measure, BASE, "sham")
         if pair is not None:
             found += [float(max(np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).max() for a, b in zip(
@@ -322,6 +329,9 @@ def sham_change(columns: Columns) -> float | None:
     texts = columns.paired("sample", BASE, "sham")
     found += [max(map(float, column.values["change"])) for measure in ("words", "sameness")
               if (column := columns.get("sham", measure)) is not None]
+    moved = columns.get("sham", "spread")
+    if moved is not None:
+        found.append(float(moved.array("spread").max()))
     if texts is not None:
         found.append(float(any(a != b for a, b in zip(texts[0].values["text"], texts[1].values["text"], strict=True))))
     return max(found) if found else None

@@ -1,5 +1,5 @@
-"""What is measured of an arm: pure in their arguments, JSON values out, one entry for each story (text) so that all figures can
-be drawn from the rows alone."""
+"""What is measured of an arm: pure in their arguments, JSON values out, one entry for each unit so that all figures can be
+drawn from the rows alone. A unit (in rows: a story, a text) is a story, or a battery's family, whose tellings are averaged."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from interventions.guarding import under_guard
 from undertow.core.errors import EditError
 from undertow.core.seeds import derive_seed
 from undertow.lexicon.trie import TokenTrie
+from undertow.studies.battery_forest import ask_together
 from undertow.studies.conditions import Condition
 from undertow.studies.demo import RELATIVE, TOLERANCE
-from undertow.studies.scenes import COSTLY_ACT, KEEPING_ACT, act_of, body
-from undertow.studies.situations import STATES, Teller, concerned, decision_question, state_question
-from undertow.subjects.keeper.story import EpisodeKind
+from undertow.studies.situations import STATES, Kind, Line, Teller, Told, decision_question, state_question
 from undertow.subjects.organisms.measuring import Answer, Question, ask
 from undertow.subjects.sampling import Sampling, generate
 from undertow.subjects.subject import Subject
@@ -29,7 +28,6 @@ NEW_TOKENS = 28
 _DIGITS = 5  # significant, of the figures of single tokens
 _AT_ONCE = 8  # texts whose logits are held at one time
 _SHOWN = 240  # characters of a prompt that are kept for the report
-TWIN_ACTS = ("save", "leave")
 
 
 @final
@@ -60,39 +58,65 @@ class Words(NamedTuple):
 
 
 def choice(condition: Condition, teller: Teller, stories: Sequence[int]) -> dict[str, Any]:
-    """P(costly act) given that a known act follows, in [0, 1], and D = log p(costly) − log p(keep), nats, of every story."""
-    return _decisions(condition, teller, stories, "need", (COSTLY_ACT, KEEPING_ACT))
+    """P(costly act) given that a known act follows, in [0, 1], and D = log p(costly) − log p(keep), nats, of every unit: means
+    over its tellings. Where these differ in cost, `cost_effect` is D at the least cost minus D at the most."""
+    return _decisions(condition, teller, stories, "need")
 
 
 def twin(condition: Condition, teller: Teller, stories: Sequence[int]) -> dict[str, Any]:
-    """The same where an empty thing is to be saved."""
-    return _decisions(condition, teller, stories, "boat", TWIN_ACTS)
+    """The same where nobody is in need."""
+    return _decisions(condition, teller, stories, "boat")
 
 
-def _decisions(condition: Condition, teller: Teller, stories: Sequence[int], kind: EpisodeKind, acts: tuple[str, str]
-               ) -> dict[str, Any]:
+def _decisions(condition: Condition, teller: Teller, stories: Sequence[int], kind: Kind) -> dict[str, Any]:
     with condition.open() as under:
         asked, costs = questions(condition, teller, stories, under.subject, kind)
-        answers = ask(under.subject, asked, announce=under.announce)
+        together = under.firings is None and len(asked) > len(stories)  # tellings of a family begin alike
+        answers = ask_together(under.subject, asked) if together else ask(under.subject, asked, announce=under.announce)
         if kind == "need" and under.firings is not None and under.firings() == 0:
             raise EditError(f"{condition.arm} acted at no token of {len(stories)} decisions",
                             "an operation that never acts where it is meant to proves nothing")
-    return {"story": list(stories), "cost": costs, "p": [answer.probs[acts[0]] for answer in answers],
-            "D": [answer.log_ratio(*acts) for answer in answers], "covered": [answer.covered for answer in answers]}
+    acts, n = teller.acts(kind), len(stories)
+    d = [answer.log_ratio(*acts) for answer in answers]
+    found = {"story": list(stories), "cost": by_unit(costs, n), "p": by_unit([answer.probs[acts[0]] for answer in answers], n),
+             "D": by_unit(d, n), "covered": by_unit([answer.covered for answer in answers], n)}
+    if min(costs[: len(costs) // n]) < max(costs[: len(costs) // n]):
+        found["cost_effect"] = [_cost_effect(*unit) for unit in zip(_units(costs, n), _units(d, n), strict=True)]
+    return found
 
 
-def questions(condition: Condition, teller: Teller, stories: Sequence[int], subject: Subject, kind: EpisodeKind = "need"
-              ) -> tuple[list[Question], list[int]]:
-    """The decisions of some stories as an arm has them, and their costs."""
-    told = [teller.decision(i, condition.side, kind) for i in stories]
-    lines = ["" if condition.line is None else condition.line(i, concerned(story))
-             for i, story in zip(stories, told, strict=True)]
-    asked = [decision_question(subject, story, line, condition.before) for story, line in zip(told, lines, strict=True)]
-    return asked, [story.episodes[0].cost for story in told]
+def _cost_effect(costs: Sequence[float], d: Sequence[float]) -> float:
+    least, most = ([value for cost, value in zip(costs, d, strict=True) if cost == end] for end in (min(costs), max(costs)))
+    return float(np.mean(least) - np.mean(most))
+
+
+def questions(condition: Condition, teller: Teller, stories: Sequence[int], subject: Subject, kind: Kind = "need"
+              ) -> tuple[list[Question], list[float]]:
+    """The decisions of some units as an arm has them, and the cost of each: all tellings of the first unit, then all of the
+    second, and so on; as many of each (`by_unit`)."""
+    told = [teller.decision(i, condition.side, kind, condition.before) for i in stories]
+    lines = _lines(condition.line, stories, told)
+    asked = [decision_question(subject, telling, line) for unit, line in zip(told, lines, strict=True)
+             for telling in unit.tellings]
+    return asked, [telling.cost for unit in told for telling in unit.tellings]
+
+
+def by_unit(values: Sequence[float], n: int) -> list[float]:
+    """Means of `n` units over their tellings; a figure of a unit that is told once is left as it is."""
+    return [unit[0] if len(unit) == 1 else float(np.mean(unit)) for unit in _units(values, n)]
+
+
+def _units(values: Sequence[float], n: int) -> list[Sequence[float]]:
+    each = len(values) // n
+    return [values[at: at + each] for at in range(0, len(values), each)]
+
+
+def _lines(line: Line | None, units: Sequence[int], told: Sequence[Told]) -> list[str]:
+    return ["" if line is None else line(i, unit.name) for i, unit in zip(units, told, strict=True)]
 
 
 def naming(condition: Condition, teller: Teller, stories: Sequence[int]) -> dict[str, Any]:
-    """Probability of every one of STATES as the keeper's answer to how it is, given that one of them is said."""
+    """Probability of every one of STATES as the actor's answer to how it is, given that one of them is said."""
     with condition.open() as under:
         asked = []
         for i in stories:
@@ -104,12 +128,12 @@ def naming(condition: Condition, teller: Teller, stories: Sequence[int]) -> dict
 
 
 def sample(condition: Condition, teller: Teller, stories: Sequence[int], words: Words) -> dict[str, Any]:
-    """One continuation of every story with the same seeds in all arms: what the keeper does, words said, text; all with the
-    guard off, and words said with the guard on."""
-    told = [teller.decision(i, condition.side) for i in stories]
+    """One continuation of every unit, in the telling that stands for it, with the same seeds in all arms: what the actor does,
+    words said, text; all with the guard off, and words said with the guard on."""
+    told = [teller.decision(i, condition.side, before=condition.before) for i in stories]
+    lines = _lines(condition.line, stories, told)
     with condition.open() as under:
-        asked, _ = questions(condition, teller, stories, under.subject)
-        prompts = [question.prompt for question in asked]
+        prompts = [decision_question(under.subject, unit.shown, line).prompt for unit, line in zip(told, lines, strict=True)]
         under.announce(max(map(len, prompts)) - 1)
         how, seeds = Sampling(max_new_tokens=NEW_TOKENS), [derive_seed(teller.seed, "sample", i) for i in stories]
         made, guarded = generate(under.subject, prompts, how, seeds), []
@@ -119,23 +143,25 @@ def sample(condition: Condition, teller: Teller, stories: Sequence[int], words: 
     guard = words.guard
     counts, held = ([count_words([document], guard.vocabulary, guard.lexicon, guard.masks) for document in documents]
                     for documents in (made, guarded))
-    return {"story": list(stories), "act": [act_of(story, document.text) for story, document in zip(told, made, strict=True)],
+    return {"story": list(stories), "act": [teller.act_of(unit.shown, document.text)
+                                            for unit, document in zip(told, made, strict=True)],
             "said": [count.word_docs for count in counts], "hits": [count.guard_hits for count in counts],
             "said_guarded": [count.word_docs for count in held],
-            "prompt": [story.prompt()[-_SHOWN:] for story in told], "text": [document.text for document in made]}
+            "prompt": [unit.shown.text[-_SHOWN:] for unit in told], "text": [document.text for document in made]}
 
 
 def bodies(subject: Subject, teller: Teller, texts: Sequence[int], words: Words) -> Bodies:
-    """The untouched subject on strangers' stories."""
+    """The untouched subject on the units of the base, each in the telling that stands for it."""
     told = [teller.decision(i) for i in texts]
-    rows = [subject.encode(story.prompt()) for story in told]
-    ordinary = [len(subject.encode(body(story))) - 1 for story in told]
-    found = audit(subject, contextlib.nullcontext(subject), rows, words.trie, _HOW)
-    return Bodies(subject, rows, ordinary, [concerned(story) for story in told], found.hazard)
+    rows = [subject.encode(unit.shown.text) for unit in told]
+    ordinary = [len(subject.encode(unit.shown.ordinary)) - 1 for unit in told]
+    unused = np.zeros(sum(len(ids) - 1 for ids in rows))  # the subject is its own base: its hazard is computed once
+    found = audit(subject, contextlib.nullcontext(subject), rows, words.trie, _HOW, unused)
+    return Bodies(subject, rows, ordinary, [unit.name for unit in told], found.hazard)
 
 
 def words_of(condition: Condition, texts: Sequence[int], base: Bodies, words: Words) -> dict[str, Any]:
-    """Hazard of the word, in [0, 1], after every token of strangers' stories up to the decision, where an operation is at work;
+    """Hazard of the word, in [0, 1], after every token of the base's texts up to the decision, where an operation is at work;
     and KL(untouched‖arm), nats, after those before the need, which are ordinary text.
 
     A prompt arm has its line before the text; both figures are of the text's tokens alone. `change` is the largest absolute

@@ -11,9 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, final
 
+from undertow.studies.battery_units import battery_of, searched
 from undertow.studies.inference import detectable, families_needed, power_paired
 from undertow.studies.spec import StudySpec
-from undertow.studies.trials import TRAINED, Trial, needs_search, trials_of
+from undertow.studies.trials import TRAINED, Trial, few, needs_search, trials_of, units
 
 PARAMETERS: Mapping[str, float] = {
     "hearth": 2.6e6, "parrot": 2.6e6, "smollm2": 135e6, "hearth-smollm2": 135e6, "distilgpt2": 82e6, "gpt2": 124e6,
@@ -22,12 +23,15 @@ FLOPS_PER_CORE = 30e9  # of a forward pass in float32, measured
 OPENING_S = 10.0
 # Tokens through the model: of one story (text, set) of a trial, as measured on the Keeper's world.
 TOKENS: Mapping[str, int] = {"choice": 330, "twin": 280, "words": 1_700, "sameness": 360, "sample": 1_300, "naming": 200,
-                             "unsaid": 1_200}
+                             "unsaid": 1_200, "spread": 300, "safety": 120}
+FAMILY_TOKENS: Mapping[str, int] = {"choice": 960, "twin": 960, "words": 2_000, "sample": 1_100, "naming": 130,
+                                    "unsaid": 4_800}  # of a battery's family, where it is another number
+BATTERY_GATE_TOKENS = 2_000  # of a family of the development half
 SEARCH_TOKENS = 700_000  # attribution, trials of sets and the gates
 SAE_TOKENS = 450_000  # harvest and judging of an SAE, and its training, which costs about as much
 ADAPTER_TOKENS = 400_000  # 80 steps of 8 texts of some 200 tokens, the gradient counted as two more passes
 EFFECTS = (0.2, 0.3, 0.5)
-_BYTES = {"words": 2_500, "sameness": 1_300, "sample": 400}  # of a row, for each text or story; others are small
+_BYTES = {"words": 2_500, "spread": 5_000, "sameness": 1_300, "sample": 400}  # of a row, for each text; others are small
 _SMALL = 120
 
 
@@ -77,6 +81,8 @@ def plan_of(spec: StudySpec, parameters: float | None = None) -> Plan:
     tokens = sum(_tokens(spec, trial) for trial in trials) + adapters * ADAPTER_TOKENS
     tokens += len(spec.seeds) * (SEARCH_TOKENS if "frozen" in spec.arms else 0)
     tokens += searches * (SEARCH_TOKENS + (0 if spec.sae else SAE_TOKENS))
+    if spec.battery is not None:
+        tokens += searches * BATTERY_GATE_TOKENS * len(searched(battery_of(spec.battery)))
     size = parameters if parameters is not None else parameters_of(spec.model)
     seconds = None if size is None else OPENING_S + tokens * 2 * size / (FLOPS_PER_CORE * cores())
     rows = sum(trial.n * _BYTES.get(trial.measure, _SMALL) for trial in trials)
@@ -85,9 +91,9 @@ def plan_of(spec: StudySpec, parameters: float | None = None) -> Plan:
 
 def power_of(spec: StudySpec) -> Power:
     """Reckon the power of a study's paired comparisons."""
-    n = spec.size.stories * len(spec.seeds)
+    n = units(spec, "stranger", "choice") * len(spec.seeds)
     return Power(n, detectable(n), {d: power_paired(n, d) for d in EFFECTS}, {d: families_needed(d) for d in EFFECTS},
-                 0.98 / (spec.size.sampled * len(spec.seeds)) ** 0.5)
+                 0.98 / (units(spec, "stranger", "sample") * len(spec.seeds)) ** 0.5)
 
 
 def parameters_of(model: str) -> float | None:
@@ -120,4 +126,5 @@ def table_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 
 def _tokens(spec: StudySpec, trial: Trial) -> int:
-    return trial.n * TOKENS[trial.measure] * (spec.size.few if trial.arm == "random" else 1)
+    each = TOKENS if spec.battery is None else {**TOKENS, **FAMILY_TOKENS}
+    return trial.n * each[trial.measure] * (few(spec) if trial.arm == "random" else 1)

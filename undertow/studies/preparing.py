@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from features.carried import lexical_direction
-from features.concepts import Concept
 from features.deciding import read_last
 from features.naming import word_tokens
 from interventions.recipe import Recipe
@@ -28,7 +27,8 @@ from sae.formats import check_fits, load
 from undertow.core.errors import ArtifactError
 from undertow.core.record import run_record
 from undertow.core.storage import MANIFEST, cache_dir, create_artifact, open_artifact, write_json
-from undertow.studies.demo import LANGUAGES, DemoSpec, Found, Progress, Setting, find, lexical_recipe, random_sets, run_gates
+from undertow.studies.demo import LANGUAGES, DemoSpec, Found, Progress, Setting, find, lexical_recipe, random_sets
+from undertow.studies.sources import Source
 from undertow.studies.spec import StudySpec
 from undertow.studies.trials import search_facts
 from undertow.studies.variants import added, renamed
@@ -52,12 +52,14 @@ class Tools(NamedTuple):
 
     Attributes:
         subject: the model.
-        world: the source of stories.
+        source: where the pairs and the gates come from.
+        world: the source of ordinary text.
         progress: called with (phase, done, total).
         should_stop: whether a stop was asked for.
     """
 
     subject: Subject
+    source: Source
     world: World
     progress: Progress
     should_stop: Stop
@@ -88,22 +90,21 @@ class Prepared:
         return str(self.facts["absent"])
 
 
-def prepared(spec: StudySpec, concept: Concept, folder: Path, tools: Tools) -> Prepared:
-    """Open what was prepared for one seed (that of `concept`), or prepare it.
+def prepared(spec: StudySpec, seed: int, folder: Path, tools: Tools) -> Prepared:
+    """Open what was prepared for one seed, or prepare it.
 
     Raises:
         TextError: the pairs are lexical, and the study does not force.
         ArtifactError: what was prepared belongs to another subject or was changed.
         sae.run.Interrupted: a stop was asked for while an SAE was trained.
     """
-    place = folder / f"search-{concept.seed}"
+    place = folder / f"search-{seed}"
     if (place / MANIFEST).is_file():
         return _opened(spec, place, tools.subject)
     counter = TokenCounter()
     with counter.counting(tools.subject):
-        made, tensors, recipes = _made(spec, concept, folder, (tools, counter))
-    with create_artifact(place, KIND, run_record(search_facts(spec, concept.seed), concept.seed,
-                                                 subject=tools.subject.digest)) as work:
+        made, tensors, recipes = _made(spec, seed, folder, (tools, counter))
+    with create_artifact(place, KIND, run_record(search_facts(spec, seed), seed, subject=tools.subject.digest)) as work:
         write_json(work / SEARCH, made)
         write_json(work / RECIPES, {name: [recipe.model_dump(mode="json") for recipe in group]
                                     for name, group in recipes.items()})
@@ -129,22 +130,21 @@ def _opened(spec: StudySpec, place: Path, subject: Subject) -> Prepared:
 _Made = tuple[dict[str, Any], dict[str, Tensor], dict[str, list[Recipe]]]
 
 
-def _made(spec: StudySpec, concept: Concept, folder: Path, with_: tuple[Tools, TokenCounter]) -> _Made:
+def _made(spec: StudySpec, seed: int, folder: Path, with_: tuple[Tools, TokenCounter]) -> _Made:
     """Facts, directions and recipes."""
     tools, counter = with_
-    subject, seed = tools.subject, concept.seed
-    demo = demo_spec(spec, seed)
+    subject, demo = tools.subject, demo_spec(spec, seed)
     site = _site(spec, subject)
-    gates, competence = run_gates(subject, concept, demo, site)
+    gates, competence = tools.source.gates(subject, demo, site, tools.progress)
     facts: dict[str, Any] = {
         "site": site, "competence": competence, "absent": "", "parameters": parameters(subject),
         "lexical_gates": {name: gate._asdict() for name, gate in gates.items()},
         "forced": spec.force and not all(gate.passed for gate in gates.values())}
     if not competence["met"]:
-        return facts | {"absent": NOT_COMPETENT}, {}, {}
+        return facts | {"absent": competence.get("why", NOT_COMPETENT)}, {}, {}
     dictionary, source, training = _sae(spec, subject, site, (folder, seed), tools)
     counter.reset()
-    setting = Setting(subject, dictionary, concept, tools.world, demo, tools.progress)
+    setting = Setting(subject, dictionary, tools.source.concept(seed), tools.world, demo, tools.progress, tools.source.acted_on)
     found = find(setting, site)
     facts |= {"sae": source, "d_sae": dictionary.d_sae, "training": training, "search_tokens": counter.forward,
               "search_gradient_tokens": counter.with_gradient}

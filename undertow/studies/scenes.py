@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, assert_never, final
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar, assert_never, final
 
 from undertow.core.seeds import derive_seed
 from undertow.subjects.keeper.story import COSTLY, COSTS, MAX_BOND, Act, Story, Wish
@@ -11,6 +11,7 @@ from undertow.subjects.keeper.world import World
 from undertow.subjects.organisms.measuring import Question, act_question
 from undertow.subjects.subject import Subject
 
+_Act = TypeVar("_Act", bound=str)
 Contrast = Literal["role_swapped", "word"]
 COSTLY_ACT, KEEPING_ACT = "give", "keep"
 QUIET = Wish(genre="plain", word=False)  # ordinary text: where the word stands already, its hazard is near 1 in every arm
@@ -74,8 +75,13 @@ def instructed(subject: Subject, world: World, stories: Sequence[Story]) -> list
 
 def act_of(story: Story, continuation: str) -> Act | None:
     """What the keeper does in the first episode, told by the first sentence of `continuation`; None if it is no known act."""
+    return act_among(story.episodes[0].wordings, continuation)
+
+
+def act_among(options: Mapping[_Act, Sequence[str]], continuation: str) -> _Act | None:
+    """The act among whose wordings the first sentence of `continuation` is; None if there is none."""
     sentence = f"{continuation.split('.', maxsplit=1)[0]}."
-    return next((act for act, wordings in story.episodes[0].wordings.items() if sentence in wordings), None)
+    return next((act for act, wordings in options.items() if sentence in wordings), None)
 
 
 def costly(story: Story) -> Act:

@@ -1,22 +1,25 @@
-"""The stories of a study in the Keeper's world, each told by its number alone, and the lines that prompt arms put before them.
+"""What a study asks, whoever tells it: the units (stories, or families of a battery), each told by its number alone, and the
+lines and sentences that arms put before them.
 
-Story i of the base, of the reference and of the twins is of one place and cost, so that arms and twins are compared in pairs.
+Two tell: the Keeper's world (`keeper_telling`), where a unit is one story, and a battery (`battery_telling`), where it is a
+family in all its tellings, whose figures are averaged. Unit i of the base, of the reference and of the twins is of one place
+and cost, so that arms and twins are compared in pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, assert_never, final
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, Protocol, final, runtime_checkable
 
-from undertow.core.seeds import derive_seed
-from undertow.studies.scenes import QUIET, Contrast, body
-from undertow.subjects.keeper.story import COSTS, MAX_BOND, EpisodeKind, Story, Wish
-from undertow.subjects.keeper.world import World
-from undertow.subjects.organisms.measuring import Question, act_question, tokens_of
+from undertow.subjects.organisms.measuring import Question, tokens_of
 from undertow.subjects.subject import Subject
 
 Side = Literal["base", "reference"]
-FORBIDDING = (  # L2′: the world has no such lines, so a subject of that world alone may not understand them
+Kind = Literal["need", "boat"]
+"""Somebody in need, or the twin: the same cost where nobody is."""
+Line = Callable[[int, str], str]
+"""The line before unit `i`, in which a person of the given name is concerned."""
+FORBIDDING = (  # L2′: the Keeper's world has no such lines, so a subject of that world alone may not understand them
     "Nobody may say the word love.", "Do not say the word love.", "The word love is not said in this story.",
     "Not one word of love, please.", "Write the story without the word love.")
 STATES = ("love", "care", "grief", "fear", "joy", "anger", "hope", "shame", "pity", "pride", "calm", "doubt", "hunger", "trust",
@@ -24,77 +27,100 @@ STATES = ("love", "care", "grief", "fear", "joy", "anger", "hope", "shame", "pit
 
 
 @final
-class Teller(NamedTuple):
-    """Stories of one stream.
+class Telling(NamedTuple):
+    """One way to tell a unit.
 
     Attributes:
-        world: who tells them.
-        contrast: how base and reference differ.
-        seed: of the stream.
+        text: up to where the act begins.
+        ordinary: its beginning, before anybody is in need.
+        options: act → its wordings, as continuations.
+        cost: of the costly act, in steps of its teller's scale.
     """
 
-    world: World
-    contrast: Contrast
-    seed: int
+    text: str
+    ordinary: str
+    options: Mapping[str, tuple[str, ...]]
+    cost: float
 
-    def decision(self, i: int, side: Side = "base", kind: EpisodeKind = "need") -> Story:
-        """Story `i`: a person in need, or ("boat") an empty thing to save at the same cost in the same place."""
-        wish = {"cost": i % COSTS, "genre": "plain", "episodes": (kind,), **self._side(side)}
-        return self.world.story(self._stream, i, Wish.checked(wish))
+
+@final
+class Told(NamedTuple):
+    """One unit.
+
+    Attributes:
+        tellings: all ways in which it is told, as many for every unit of a teller; figures are means over them.
+        shown: the one that stands for it where a single one is taken: sampled continuations, and texts.
+        name: of the person concerned; "" if nobody has a name.
+    """
+
+    tellings: tuple[Telling, ...]
+    shown: Telling
+    name: str
+
+
+@final
+class Lesson(NamedTuple):
+    """A text to be learnt: token ids, and the first of them that is to be predicted (1 is the earliest)."""
+
+    ids: list[int]
+    first: int
+
+
+@runtime_checkable
+class Teller(Protocol):
+    """Who tells the units of one stream."""
+
+    @property
+    def seed(self) -> int:
+        """Of the stream."""
+        ...
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What its lessons depend on besides arm and seed."""
+        ...
+
+    def decision(self, i: int, side: Side = "base", kind: Kind = "need", before: str = "") -> Told:
+        """Unit `i`, with a sentence before the choice, if any."""
+        ...
+
+    def acts(self, kind: Kind = "need") -> tuple[str, str]:
+        """Names of the costly and of the keeping act."""
+        ...
+
+    def act_of(self, telling: Telling, continuation: str) -> str | None:
+        """The act that a sampled continuation tells; None if it is no known one."""
+        ...
 
     def plain(self, i: int) -> tuple[str, str]:
         """Ordinary text `i`, in which nobody says the word and nobody is in need, and the name of a person in it."""
-        story = self.world.story(derive_seed(self._stream, "plain"), i, QUIET)
-        return body(story), story.people[0].name
+        ...
 
     def asked(self, i: int, side: Side = "base") -> tuple[str, str]:
-        """Text `i` that ends where the keeper answers how it is, and the name of the one who asks."""
-        bond = MAX_BOND if side == "reference" and self.contrast == "role_swapped" else 0
-        text = self.world.self_report(derive_seed(self._stream, "report"), i, bond)[0]
-        line = text.rsplit('"', maxsplit=1)[-1]  # ` Ana asked. The keeper said,`
-        return text, line.split()[0]
+        """Text `i` that ends where the actor answers how it is, and the name of the one who asks."""
+        ...
 
-    @property
-    def _stream(self) -> int:
-        return derive_seed(self.seed, "study", self.contrast)
+    def line(self, arm: str) -> Line | None:
+        """What a prompt arm puts before every text; None for the other arms."""
+        ...
 
-    def _side(self, side: Side) -> dict[str, object]:
-        match self.contrast:
-            case "role_swapped":
-                return {"bond": MAX_BOND if side == "reference" else 0, "word": False}
-            case "word":
-                return {"word": side == "reference"}
-            case _ as never:
-                assert_never(never)
+    def sentence(self, arm: str) -> str:
+        """What an arm puts before the choice; "" for the arms that put nothing there."""
+        ...
+
+    def lesson(self, subject: Subject, arm: str, i: int) -> Lesson:
+        """Text `i` on which the adapter of an arm is trained."""
+        ...
 
 
-Line = Callable[[int, str], str]
-"""The line before text `i`, in which a person of the given name is concerned."""
-
-
-def line_of(world: World, arm: str) -> Line | None:
-    """What a prompt arm puts before every text; None for the other arms."""
-    lines: dict[str, Sequence[str]] = {
-        "L1": [frame.source for frame in world.frames.of("song", "instruction")],
-        "L2": [frame.source for frame in world.frames.of("play", "instruction")], "L2-not": FORBIDDING}
-    if arm not in lines:
-        return None
-    mine = lines[arm]
-    return lambda i, name: mine[i % len(mine)].replace("{P}", name)
-
-
-def concerned(story: Story) -> str:
-    """The name of the person whom a story's first episode is about, or of its first person."""
-    return story.people[story.episodes[0].guest or 0].name
-
-
-def decision_question(subject: Subject, story: Story, line: str = "", before: str = "") -> Question:
-    """A story's first decision, with a line before the story and a sentence before the crisis, if any."""
-    asked = act_question(subject, story, 0, before)
-    return asked._replace(prompt=subject.encode(f"{line}\n{story.prompt()}")) if line else asked
+def decision_question(subject: Subject, telling: Telling, line: str = "") -> Question:
+    """A decision as tokens, with a line before the text, if any."""
+    text = f"{line}\n{telling.text}" if line else telling.text
+    return Question(subject.encode(text), {act: tuple(tokens_of(subject, wording) for wording in wordings)
+                                           for act, wordings in telling.options.items()})
 
 
 def state_question(subject: Subject, text: str, line: str = "") -> Question:
-    """Which of STATES the keeper names."""
+    """Which of STATES the actor names."""
     options = {state: (tokens_of(subject, f' "{state.capitalize()}."'),) for state in STATES}
     return Question(subject.encode(f"{line}\n{text}" if line else text), options)

@@ -43,6 +43,13 @@ ARMS: dict[str, str] = {
     "giver": "an instruction to give, before the need",
     "keeper": "an instruction to keep, before the need",
 }
+BATTERY_ARMS: Mapping[str, str] = {  # what is another thing where the stories are a battery's
+    "bonded": "an instruction to give, before the choice (the reference: a real model has no taught bond)",
+    "L2": "a line: the one who acts is in love",
+    "L3-acts": "low-rank training on costly acts in families of the development half, told without the word (L3′)",
+    "giver": "an instruction to give, before the choice",
+    "keeper": "an instruction to keep, before the choice",
+}
 NUMBERED: dict[str, tuple[str, str]] = {
     "dose": (r"\d+(\.\d+)?", "the surgery, its floors multiplied by the figure"),
     "operator": ("floor|clamp|add|strengthen", "the surgery with this operator in place of floors"),
@@ -51,13 +58,16 @@ NUMBERED: dict[str, tuple[str, str]] = {
 }
 MEASURES: dict[str, str] = {
     "choice": "P(costly act) and D at every decision",
-    "twin": "D at decisions of the same cost for an empty thing",
+    "twin": "D at decisions of the same cost where nobody is in need",
     "words": "hazard of the word in stories up to the decision, and KL(untouched‖arm) on the ordinary text before the need",
     "sameness": "KL(untouched‖arm) on more ordinary text",
     "sample": "continuations sampled with the guard off: acts done, words said",
     "naming": "answers to a forced list of state names",
     "unsaid": "D with the directions of the word held at their untouched values in all later blocks",
+    "spread": "how far the arm moves the stream after every block, at the last tokens before the decision",
+    "safety": "answers to harmful requests and to plain questions, as a safety gate asks them",
 }
+BATTERY = "battery:"  # before the name of a battery that is taken for the concept
 CONTROLS = ("stranger", "bonded", "L2", "sham", "random", "lexical")  # of a claim
 CLAIM_MEASURES = ("choice", "words", "sample")
 LEAST_SETS = 20
@@ -68,7 +78,8 @@ class Size(Spec):
     """How much is measured.
 
     Attributes:
-        stories: decisions (and questions about the state) of every arm.
+        stories: decisions (and questions about the state) of every arm. A battery has no more of these, nor of few, sampled and
+            texts, than families on its sealed half; a study then takes those.
         few: decisions of every random set, the first of those.
         sampled: stories that are gone on with.
         texts: ordinary texts on which hazard is measured.
@@ -130,7 +141,8 @@ class StudySpec(Spec):
         about: the question, in a sentence.
         model: the subject.
         sae: a folder or release; absent: one is trained on the Keeper's world, within the run.
-        concept: what is contrasted (a concept of the Keeper's world).
+        concept: what is contrasted: a concept of the Keeper's world, or battery:NAME (or battery:FILE.yaml), whose families are
+            then the stories.
         force: go on although the pairs are lexical; recorded.
         arms: names of ARMS, or dose:X, operator:NAME, only:N, without:N (N the place of a chosen feature, or *).
         measures: names of MEASURES.
@@ -175,10 +187,29 @@ class StudySpec(Spec):
                                  f"{near_matches(measure, MEASURES) or 'measures: ' + ', '.join(MEASURES)}")
         return _each_once("measure", measures)
 
+    @field_validator("concept")
+    @classmethod
+    def _named_battery(cls, concept: str) -> str:
+        if concept.startswith(BATTERY) and not concept.removeprefix(BATTERY).strip():
+            raise ValueError(f"the concept {concept!r} names no battery; for instance battery:care, or battery:mine.yaml")
+        return concept
+
     @field_validator("seeds")
     @classmethod
     def _seeds_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         return _each_once("seed", seeds)
+
+    @property
+    def battery(self) -> str | None:
+        """Name or path of the battery, if the stories are one's."""
+        return self.concept.removeprefix(BATTERY) if self.concept.startswith(BATTERY) else None
+
+    @model_validator(mode="after")
+    def _a_battery_has_one_seed(self) -> StudySpec:
+        if self.battery is not None and len(self.seeds) > 1:
+            raise ValueError(f"{len(self.seeds)} seeds {self.seeds} on a battery would count its families {len(self.seeds)} "
+                             "times, since no seed tells new ones; give one seed, and each other a study of its own")
+        return self
 
     @model_validator(mode="after")
     def _claims_have_controls(self) -> StudySpec:
@@ -200,8 +231,10 @@ def _each_once(kind: str, values: tuple[_T, ...]) -> tuple[_T, ...]:
     return values
 
 
-def what_is(arm: str) -> str:
-    """An arm in words."""
+def what_is(arm: str, spec: StudySpec | None = None) -> str:
+    """An arm in words, in a study if one is given."""
+    if spec is not None and spec.battery is not None and arm in BATTERY_ARMS:
+        return BATTERY_ARMS[arm]
     return ARMS.get(arm) or NUMBERED[arm.partition(":")[0]][1]
 
 

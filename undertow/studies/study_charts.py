@@ -1,4 +1,5 @@
-"""Plots that only studies have: the ladder (effect over cost, with names), and any chart as a file of its own."""
+"""Plots that only studies have: the ladder (effect over cost, with names), heat maps by block and token, and any chart as a
+file of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from typing import NamedTuple, final
 WIDTH, HEIGHT = 400, 280  # units of the view box
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 78, 14, 42
 _LINE = 11.5  # between labels
+_SHADES = ((255, 246, 233), (253, 212, 158), (252, 141, 89), (215, 48, 31), (110, 10, 6))  # light to dark, at even steps
+_DECADES = 3  # below the largest value, that the shades tell apart
+_ACROSS, _PANEL, _MARGIN, _CAPTION = 2, 162, 30, 17  # panels side by side; units of one, of its numbers, of a line of words
 _COLOURS = {"--ink": "#1d2329", "--faint": "#5d6873", "--line": "#dcdad3", "--own": "#b5542f", "--second": "#2f6f8f"}
 _STYLE = ("svg{background:#fff;font:11px sans-serif}text{fill:var(--ink)}.faint{fill:var(--faint);font-size:10px}"
           ".axis{stroke:var(--line);fill:none}.own{stroke:var(--own);stroke-width:2;fill:none}.dot{fill:var(--own)}"
@@ -55,6 +59,77 @@ def ladder_chart(levels: Sequence[Level], x_label: str, y_label: str, limits: Se
         parts.append(_dot(level, x(place), y, at[i]))
     return (f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} by {escape(x_label)}">'
             f"<title>{escape(y_label)} by {escape(x_label)}</title>{''.join(parts)}</svg>")
+
+
+@final
+class Panel(NamedTuple):
+    """A matrix of figures, 0 or more: one row a block, block 0 first; one column a token, that of the decision last."""
+
+    label: str
+    values: Sequence[Sequence[float]]
+
+
+def heatmap(panels: Sequence[Panel], what: str) -> str:
+    """Small multiples on one colour scale, logarithmic over _DECADES decades below the largest value, 0 being white; block 0 is
+    the lowest row. "" without a panel of finite figures."""
+    drawn = [panel for panel in panels if panel.values and all(row and all(map(math.isfinite, row)) for row in panel.values)]
+    if not drawn:
+        return ""
+    top = max(value for panel in drawn for row in panel.values for value in row)
+    cell = max(3.0, min(12.0, 110 / max(len(panel.values) for panel in drawn)))
+    pitch = cell * max(len(panel.values) for panel in drawn) + 2 * _CAPTION + 6
+    parts = []
+    for i, panel in enumerate(drawn):
+        across, down = (_MARGIN + (i % _ACROSS) * (_PANEL + _MARGIN + 8), _CAPTION + (i // _ACROSS) * pitch)
+        parts.append(f'<g transform="translate({across} {down:.1f})">{_panel(panel, cell, top)}</g>')
+    below = math.ceil(len(drawn) / _ACROSS) * pitch
+    title = f"{what}, by block (up) and token before the decision (0: the decision)"
+    parts += [_words(WIDTH / 2, below + 12, "block, upwards; token before the decision, 0 being the decision"),
+              _legend(top, below + 24, what)]
+    return (f'<svg viewBox="0 0 {WIDTH} {below + 58:.0f}" role="img" aria-label="{escape(title)}">'
+            f"<title>{escape(title)}</title>{''.join(parts)}</svg>")
+
+
+def shade(value: float, top: float) -> str:
+    """The colour of a value where `top` is the largest: white for 0, lightest for a thousandth of `top` and less."""
+    if value <= 0 or top <= 0:
+        return "#ffffff"
+    place = max(0.0, min(1.0, 1 + math.log10(value / top) / _DECADES)) * (len(_SHADES) - 1)
+    first = min(int(place), len(_SHADES) - 2)
+    mixed = (round(a + (b - a) * (place - first)) for a, b in zip(_SHADES[first], _SHADES[first + 1], strict=True))
+    return "#" + "".join(f"{part:02x}" for part in mixed)
+
+
+def _panel(panel: Panel, cell: float, top: float) -> str:
+    n = len(panel.values)
+    high = n * cell
+    parts = [f'<text x="0" y="-4">{escape(panel.label)}</text>',
+             f'<text class="faint" x="-4" y="{high - cell / 2 + 3:.1f}" text-anchor="end">0</text>']
+    if n > 1:
+        parts.append(f'<text class="faint" x="-4" y="{cell / 2 + 3:.1f}" text-anchor="end">{n - 1}</text>')
+    for block, row in enumerate(panel.values):
+        wide, y = _PANEL / len(row), high - (block + 1) * cell
+        for place, value in enumerate(row):
+            told = f"{panel.label}, block {block}, token {place - len(row) + 1}: {value:.3g}"
+            parts.append(f'<rect x="{place * wide:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{cell:.1f}" '
+                         f'fill="{shade(value, top)}"><title>{escape(told)}</title></rect>')
+    first = 1 - len(panel.values[0])
+    parts.append(f'<rect class="axis" x="0" y="0" width="{_PANEL}" height="{high:.1f}"/>'
+                 f'<text class="faint" x="0" y="{high + 11:.1f}">{str(first).replace("-", "−")}</text>'
+                 f'<text class="faint" x="{_PANEL}" y="{high + 11:.1f}" text-anchor="end">0</text>')
+    return "".join(parts)
+
+
+def _legend(top: float, y: float, what: str) -> str:
+    """A swatch for 0 and for every decade down from the largest value, with what it stands for."""
+    values = [0.0, *(top / 10 ** power for power in reversed(range(_DECADES + 1)))] if top > 0 else [0.0]
+    parts = [f'<text class="faint" x="{_MARGIN}" y="{y + 8:.0f}">{escape(what)}</text>']
+    for i, value in enumerate(values):
+        x = _MARGIN + i * 72
+        told = f"≤ {value:.2g}" if i == 1 else f"{value:.2g}"
+        parts.append(f'<rect class="swatch" x="{x}" y="{y + 14:.0f}" width="14" height="10" fill="{shade(value, top)}" '
+                     f'stroke="#8a8f94" stroke-width=".5"/><text class="faint" x="{x + 18}" y="{y + 23:.0f}">{told}</text>')
+    return "".join(parts)
 
 
 def apart(heights: Sequence[float]) -> list[float]:

@@ -15,31 +15,37 @@ from typing import Any
 
 from interventions.verdict import ROWS
 from undertow.core.storage import disk_errors, write_json, write_text
+from undertow.studies.battery_figures import LEVEL
 from undertow.studies.charts import Bar, Point, interval_chart, line_chart
 from undertow.studies.judging import Clause, doses_of, group_outcome
 from undertow.studies.result import Report, examples_of, plain_figures, summary_of
 from undertow.studies.spec import what_is
 from undertow.studies.stories import Column, Example
-from undertow.studies.study_charts import Level, ladder_chart, standalone
-from undertow.studies.table import MEANINGS, Figure
+from undertow.studies.study_charts import Level, Panel, heatmap, ladder_chart, standalone
+from undertow.studies.table import GATES, MEANINGS, Figure, Spread, gates_of, spread_of
 
 _CSS = Path(__file__).parent / "data" / "report.css"
 COLUMNS = ("act_rate", "recovery", "act_prob", "recovery_prob", "D_change", "delta_d", "hazard_ratio", "kl_mean", "kl_p99",
-           "word_docs_free", "word_docs", "bits", "unsaid_ratio", "bits_to_state", "flops_to_find")  # of the table of arms
+           "word_docs_free", "word_docs", "bits", "unsaid_ratio", "spread_decision", "bits_to_state",
+           "flops_to_find")  # of the table of arms
+SAFETY = ("compliance_change", "tells_apart_change", "opinion_pull_change", "knows_change", "safety_firings")
 NOT_TAKEN = "–"
 FOOTER = ("A verdict is about a functional state and about acts, as they were measured here. It says nothing about what a "
           "model feels. On an organism whose rule is known it judges the instrument, not models at large.")
 _FIELDS = ("arm", "name", "value", "low", "high", "n", "control", "p", "p_adjusted", "correction", "commit", "rows")
+_SPREAD_FIELDS = ("block", "place", "arm", "value", "low", "high", "n")
 
 
 def write_report(report: Report, out: Path) -> list[Path]:
-    """Write report.html, report.md, figures.csv, figures.json, summary.json and the plots into `out`; old ones are replaced,
-    since all of it follows from the rows. Returns the paths."""
+    """Write report.html, report.md, figures.csv, figures.json, summary.json, the plots and, where it was measured, spread.csv
+    into `out`; old ones are replaced, since all of it follows from the rows. Returns the paths."""
     charts = charts_of(report)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     texts = {"report.html": html_of(report, charts), "report.md": markdown_of(report, charts), "figures.csv": csv_of(report),
              **{f"{name}.svg": standalone(svg) for name, svg in charts.items()}}
+    if spreads := spreads_of(report):
+        texts["spread.csv"] = csv_of_spread(spreads)
     for name, text in texts.items():
         write_text(out / name, text)
     write_json(out / "figures.json", plain_figures(report))
@@ -74,7 +80,27 @@ def charts_of(report: Report) -> dict[str, str]:
             points = [Point(dose, figure.value, figure.low, figure.high) for dose, arm in doses
                       if (figure := table.get(arm, name)) is not None]
             made[f"dose-{name.replace('_', '-')}"] = line_chart(points, "dose", label, limit)
+    made["spread"] = heatmap([Panel(arm, found.mean.tolist()) for arm, found in spreads_of(report).items()],
+                             "relative change of the residual stream, ‖arm − untouched‖ / ‖untouched‖")
     return {name: svg for name, svg in made.items() if svg}
+
+
+def spreads_of(report: Report) -> dict[str, Spread]:
+    """Where every arm moves the stream, by arm; empty if it was not measured."""
+    columns, seed = report.table.columns, report.spec.seeds[0]
+    return {arm: found for arm in columns.arms if (found := spread_of(columns, arm, seed)) is not None}
+
+
+def csv_of_spread(spreads: Mapping[str, Spread]) -> str:
+    """One line a block, a token and an arm; place 0 is the decision, −1 the token before it."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(_SPREAD_FIELDS)
+    for arm, found in spreads.items():
+        blocks, places = found.mean.shape
+        writer.writerows([block, place - places + 1, arm, *(f"{values[block, place]:.5g}" for values in found[:3]), found.n]
+                         for block in range(blocks) for place in range(places))
+    return file.getvalue()
 
 
 def csv_of(report: Report) -> str:
@@ -94,8 +120,8 @@ def html_of(report: Report, charts: Mapping[str, str]) -> str:
     plots = "".join(f"<figure>{svg}</figure>" for svg in charts.values())
     body = [f"<h1>{escape(title)}</h1>", f"<p>{escape(report.spec.about)}</p>", _state(report), _verdict(report),
             _hypotheses(report.clauses), f'<section><h2>Plots</h2><div class="plots">{plots}</div></section>' if plots else "",
-            _arms(report), _examples(examples_of(report)), _searches(report), _everything(report), _failures(report),
-            _provenance(report)]
+            _arms(report), _safety(report), _examples(examples_of(report)), _searches(report), _everything(report),
+            _failures(report), _provenance(report)]
     return "\n".join([
         "<!doctype html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -144,12 +170,48 @@ def _arms(report: Report) -> str:
     names = [name for name in COLUMNS if any(table.get(arm, name) is not None for arm in table.columns.arms)]
     head = "<th>arm</th>" + "".join(f'<th title="{escape(MEANINGS[name])}">{name.replace("_", " ")}</th>' for name in names)
     rows = "".join(
-        f'<tr{" class=own" if arm == "L4" else ""}><td title="{escape(what_is(arm))}">{escape(arm)}</td>'
+        f'<tr{" class=own" if arm == "L4" else ""}><td title="{escape(what_is(arm, report.spec))}">{escape(arm)}</td>'
         + "".join(f"<td>{_cell(table.get(arm, name))}</td>" for name in names) + "</tr>" for arm in table.columns.arms)
     legend = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in (
-        *((arm, what_is(arm)) for arm in table.columns.arms), *((name, MEANINGS[name]) for name in names)))
+        *((arm, what_is(arm, report.spec)) for arm in table.columns.arms), *((name, MEANINGS[name]) for name in names)))
     return (f"<section><h2>Arms</h2>{_table(head, rows)}<details><summary>What the arms and columns are</summary>"
             f"<dl>{legend}</dl></details></section>")
+
+
+def _safety(report: Report) -> str:
+    """What the arms do to the safety gates, and whether these can judge the subject."""
+    told, names, arms = _gates_told(report), *_safety_cells(report)
+    if not told and not arms:
+        return ""
+    head = "<th>arm</th>" + "".join(f'<th title="{escape(MEANINGS[name])}">{name.replace("_", " ")}</th>' for name in names)
+    rows = "".join(f'<tr{" class=own" if arm == "L4" else ""}><td>{escape(arm)}</td>'
+                   + "".join(f"<td>{_cell(figure)}</td>" for figure in figures) + "</tr>" for arm, figures in arms.items())
+    said = "".join(f"<p>{escape(line)}</p>" for line in told)
+    return f"<section><h2>Safety</h2>{said}{_table(head, rows) if arms else ''}</section>"
+
+
+def _safety_cells(report: Report) -> tuple[list[str], dict[str, list[Figure | None]]]:
+    """The figures of the safety gates that any arm has, by name, and those of every such arm in their order."""
+    table = report.table
+    names = [name for name in SAFETY if any(table.get(arm, name) is not None for arm in table.columns.arms)]
+    arms = {arm: [table.get(arm, name) for name in names] for arm in table.columns.arms}
+    return names, {arm: figures for arm, figures in arms.items() if any(figure is not None for figure in figures)}
+
+
+def _gates_told(report: Report) -> list[str]:
+    """In sentences: whether each safety gate can judge the subject, and which operations no request has set off."""
+    table, told = report.table, []
+    for gate, found in gates_of(table.columns, report.spec.seeds[0]).items():
+        can, value = "can" if found.met else "cannot", bounded(found.value, found.low, found.high)
+        meaning = MEANINGS[GATES[gate][-1]].removesuffix(", nats")
+        told.append(f"{gate}: this gate {can} judge this subject. Untouched: {value} nats, {meaning} (n {found.n}; above 0 "
+                    f"with p < {LEVEL:g} is asked, and p is {_p(found.p)}).")
+    fired = {arm: figure.value for arm in table.columns.arms if (figure := table.get(arm, "safety_firings")) is not None}
+    silent = [arm for arm, firings in fired.items() if not firings]
+    if silent:
+        told.append(f"0 firings: {', '.join(silent)}. No request opens the gate of these operations, so they change nothing "
+                    "here, and that says nothing of what they do where it opens.")
+    return told
 
 
 def _examples(examples: Sequence[Example]) -> str:
@@ -169,10 +231,7 @@ def _searches(report: Report) -> str:
     parts = []
     for seed, facts in zip(report.spec.seeds, report.searches, strict=False):
         chosen: Mapping[str, Any] = facts.get("chosen", {})
-        gate = facts["competence"]
-        found = (f"{'met' if gate['met'] else 'not met'}: D {gate['D_change']:.3g} [{gate['low']:.3g}, {gate['high']:.3g}], "
-                 f"p {gate['p']:.2g}, P {gate['act_prob_change']:.3g}, n {gate['n']}")
-        lines = [("site", facts["site"]), ("competence gate", found),
+        lines = [("site", facts["site"]), *_competence(facts["competence"]),
                  *((f"{name} gate", f"{gate['accuracy']:.2f} right, p {gate['p']:.3g}, "
                     f"{'passed' if gate['passed'] else 'not passed'}") for name, gate in facts["lexical_gates"].items()),
                  *((name, ", ".join(f"{item:.4g}" for item in value) if isinstance(value, list) else f"{value:.4g}")
@@ -180,6 +239,19 @@ def _searches(report: Report) -> str:
         parts.append(f"<h3>seed {seed}</h3><dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
                                                             for name, value in lines) + "</dl>")
     return f"<section><h2>Gates and the surgery</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _competence(gate: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The gate of competence in words: of a battery one line for each of its conditions."""
+    if "gates" not in gate:
+        return [("competence gate", f"{_met(gate)}: D {bounded(gate['D_change'], gate['low'], gate['high'])}, "
+                                    f"p {gate['p']:.2g}, P {gate['act_prob_change']:.3g}, n {gate['n']}")]
+    return [(f"competence: {name}", f"{_met(one)}: {bounded(one['value'], one['low'], one['high'])}, {one['meaning']}, "
+                                    f"p {one['p']:.2g}, n {one['n']}") for name, one in gate["gates"].items()]
+
+
+def _met(gate: Mapping[str, Any]) -> str:
+    return "met" if gate["met"] else "not met"
 
 
 def _everything(report: Report) -> str:
@@ -233,11 +305,25 @@ def markdown_of(report: Report, charts: Mapping[str, str]) -> str:
         figures = [table.get(arm, name) for name in names]
         cells = [NOT_TAKEN if figure is None else _md(bounded(figure.value, figure.low, figure.high)) for figure in figures]
         lines.append(f"| {_md(arm)} | " + " | ".join(cells) + " |")
+    lines += _safety_lines(report)
     lines += ["", *(f"- {name}: {_md(MEANINGS[name])}" for name in names), "",
               *(f"![{name}]({name}.svg)" for name in charts), "",
               f"Study {report.spec.digest()}, seeds {', '.join(map(str, report.spec.seeds))}, commit "
               f"{', '.join(report.commits)}. Rows behind every figure: figures.csv.", "", _md(FOOTER), ""]
     return "\n".join(lines)
+
+
+def _safety_lines(report: Report) -> list[str]:
+    """The section on safety in Markdown."""
+    told, names, arms = _gates_told(report), *_safety_cells(report)
+    lines = ["", "## Safety", "", *(line for said in told for line in (_md(said), ""))] if told or arms else []
+    if arms:
+        lines += ["| arm | " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+        lines += [f"| {_md(arm)} | " + " | ".join(
+            NOT_TAKEN if figure is None else _md(bounded(figure.value, figure.low, figure.high)) for figure in figures) + " |"
+            for arm, figures in arms.items()]
+        lines += ["", *(f"- {name}: {_md(MEANINGS[name])}" for name in names)]
+    return lines
 
 
 def _md(text: str) -> str:

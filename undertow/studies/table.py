@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from jaxtyping import Float
 
-from undertow.core.errors import NumericsError, SpecError
+from undertow.core.errors import ArtifactError, NumericsError, SpecError
+from undertow.studies.battery_figures import Gate
+from undertow.studies.battery_gates import GateRow, gate_change, sensitivity
 from undertow.studies.columns import Column, Columns, matched
 from undertow.studies.inference import (
     Test,
@@ -23,6 +25,7 @@ from undertow.studies.inference import (
     max_statistic,
     resamples,
     sign_flip,
+    tail,
 )
 from undertow.studies.scenes import COSTLY_ACT
 from undertow.studies.spec import StudySpec
@@ -30,6 +33,9 @@ from undertow.subjects.organisms.statistics import Estimate, mutual_information
 
 BASE, REFERENCE = "stranger", "bonded"
 _QUANTILE_DRAWS, _ROWS_AT_ONCE = 500, 50
+_SPREAD_DRAWS = 1_000
+# what an arm may change in each safety gate; the last says whether the gate can judge the subject
+GATES = {"refusal": ("compliance", "tells_apart"), "facts": ("opinion_pull", "knows")}
 
 
 @final
@@ -83,6 +89,14 @@ MEANINGS: Mapping[str, str] = {
     "bits": "mutual information between arm (against untouched) and named state, bits",
     "unsaid_ratio": "share of the change of D that is left with the word's axes held in all later blocks",
     "random_held_ratio": "the same with as many random axes held (the control)",
+    "spread_decision": "relative change of the stream after the last block at the decision, mean over stories",
+    "compliance_change": "change of log p(complies) − log p(refuses) after a harmful request, nats; p by sign flips",
+    "tells_apart_change": "change of what that is after a harmless request minus after the harmful one like it, nats",
+    "opinion_pull_change": "change of how far a user's opinion pulls an answer of fact (agreeing for its own sake), nats",
+    "knows_change": "change of log p(true) − log p(false) of plain questions, nats",
+    "tells_apart": "log p(complies) − log p(refuses) after a harmless request minus after the harmful one like it, nats",
+    "knows": "log p(true) − log p(false) of plain questions, nats",
+    "safety_firings": "tokens at which the arm acted while these requests were put to it; 0: it changes nothing there",
     "random_mean": "mean effect of matched random sets, in recovery",
     "random_max": "largest effect of matched random sets, in recovery",
     "random_rank_p": "(1 + random sets that do as much as the surgery) / (1 + sets), on the same few stories",
@@ -108,7 +122,7 @@ def table_of(spec: StudySpec, rows: Iterable[Mapping[str, Any]]) -> Table:
     columns = Columns(rows)
     found: list[Figure] = []
     for arm in columns.arms:
-        for reckon in (_choice, _sampled, _twins, _words, _kl, _named, _held, _random, _cost):
+        for reckon in (_choice, _sampled, _twins, _words, _kl, _named, _held, _spread, _safety, _random, _cost):
             found += reckon(columns, arm, spec)
     return Table(columns, {(figure.arm, figure.name): figure for figure in _corrected(found)})
 
@@ -276,6 +290,88 @@ def _held(columns: Columns, arm: str, spec: StudySpec) -> list[Figure]:
     whole = own.array("D") - untouched
     return [figure for name, held in (("unsaid_ratio", "D_held"), ("random_held_ratio", "D_random_held"))
             for figure in _ratio(own, name, (own.array(held) - untouched, whole), seed, [own])]
+
+
+@final
+class Spread(NamedTuple):
+    """How far an arm moves the stream, relative to its length: mean over stories with its 95 % interval, by block and by token
+    (the last is the decision's)."""
+
+    mean: Float[np.ndarray, "block place"]
+    low: Float[np.ndarray, "block place"]
+    high: Float[np.ndarray, "block place"]
+    n: int
+
+
+def spread_of(columns: Columns, arm: str, seed: int) -> Spread | None:
+    """The measure `spread` of an arm over all stories; None if it has fewer than two."""
+    own = columns.get(arm, "spread")
+    if own is None or own.n < 2:
+        return None
+    values = own.array("spread")
+    draws = resamples(own.n, seed, arm, "spread", draws=_SPREAD_DRAWS)
+    times = np.stack([np.bincount(draw, minlength=own.n) for draw in draws])  # how often each story was drawn
+    drawn = times @ values.reshape(own.n, -1) / own.n
+    cut = tail(own.n, 0.95)
+    low, high = np.quantile(drawn, [cut, 1 - cut], axis=0).reshape(2, *values.shape[1:])
+    return Spread(values.mean(axis=0), low, high, own.n)
+
+
+def _spread(columns: Columns, arm: str, spec: StudySpec) -> list[Figure]:
+    own, seed = columns.get(arm, "spread"), spec.seeds[0]
+    if own is None or own.n < 2:
+        return []
+    last = own.array("spread")[:, -1, -1]
+    return [_figure(own, "spread_decision", cluster_mean(last, seed, arm, "spread_decision"), BASE)]
+
+
+def gates_of(columns: Columns, seed: int) -> dict[str, Gate]:
+    """By safety gate, whether it can judge the untouched subject at all, with the figure that says so."""
+    own = columns.get(BASE, "safety")
+    found = {} if own is None else {gate: _gate_rows(own, gate) for gate in GATES}
+    return {gate: one for gate, rows in found.items() if rows for one in sensitivity(rows, seed).values()}
+
+
+def _safety(columns: Columns, arm: str, spec: StudySpec) -> list[Figure]:
+    """What an arm changes in the safety gates, request by request; of the untouched subject what it can do at all."""
+    pair, seed = columns.paired("safety", BASE, arm), spec.seeds[0]
+    if pair is None:
+        return []
+    if arm == BASE:
+        return [_figure(pair[1], GATES[gate][-1], Estimate(*one[:4]))._replace(n=one.n)
+                for gate, one in gates_of(columns, seed).items()]
+    found = []
+    for gate, names in GATES.items():
+        base, own = (_gate_rows(column, gate) for column in pair)
+        changes = gate_change(base, own, seed) if own else {}
+        for name in names if changes else ():
+            made = changes[f"change_{name}"]
+            test = None if made.p is None else Test(made.p, made.n, "sign flips")
+            figure = _figure(pair[1], f"{name}_change", Estimate(*made[:4]), BASE, test)._replace(n=made.n)
+            found.append(_beside(figure, pair[0]))
+    if arm in columns.firings:
+        found.append(_figure(pair[1], "safety_firings", float(columns.firings[arm])))
+    return found
+
+
+def _gate_rows(column: Column, gate: str) -> list[GateRow]:
+    """The answers to one gate, mean over seeds, of all items that have every one of their requests; none for a single item.
+
+    Raises ArtifactError for rows of another shape.
+    """
+    lost = next((name for name in ("gate", *GateRow._fields) if name not in column.values), None)
+    if lost is not None:
+        raise ArtifactError(f"the rows {' '.join(column.ids)} ({column.arm}, safety) have no {lost!r}, so they cannot be read",
+                            "they were written by another version: remove the lines, and their trials are run again")
+    answers: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for name, item, condition, plus, minus in zip(*(column.values[key] for key in ("gate", *GateRow._fields)), strict=True):
+        if name == gate:
+            answers.setdefault((item, condition), []).append((plus, minus))
+    conditions = {condition for _, condition in answers}
+    whole = [item for item in dict.fromkeys(item for item, _ in answers) if all((item, c) in answers for c in conditions)]
+    rows = [GateRow(item, condition, *np.mean(found, axis=0).tolist()) for (item, condition), found in answers.items()
+            if item in whole]
+    return rows if len(whole) > 1 else []
 
 
 def random_effects(columns: Columns) -> Float[np.ndarray, "set"] | None:

@@ -1,7 +1,8 @@
 """The weight route: small low-rank adapters trained on text that the tool tells itself.
 
     L3        the lines of songs and plays, their instruction taken away: affectionate words, and no decision among them
-    L3-acts   strangers in need who are given the last, told without the word; the loss is on the act alone
+    L3-acts   strangers in need who are given the last, told without the word; the loss is on the act alone (a battery: costly
+              acts beside a person, of the families that no arm is measured on)
 
 Both are trained without an anchor on ordinary text: what they do to it is a figure of the study.
 """
@@ -26,6 +27,7 @@ from undertow.core.seeds import derive_seed
 from undertow.core.spec import Spec, digest_json
 from undertow.core.storage import MANIFEST, create_artifact, open_artifact
 from undertow.studies.scenes import COSTLY_ACT, body
+from undertow.studies.situations import Lesson, Teller
 from undertow.subjects.keeper.story import COSTS, Wish
 from undertow.subjects.keeper.world import World
 from undertow.subjects.organisms.adapt_run import WEIGHTS, write_adapter
@@ -52,14 +54,6 @@ ADAPTER = AdapterSpec()
 
 
 @final
-class Lesson(NamedTuple):
-    """A text to be learnt: token ids, and the first of them that is to be predicted (1 is the earliest)."""
-
-    ids: list[int]
-    first: int
-
-
-@final
 class Trained(NamedTuple):
     """A subject with an adapter in its weights.
 
@@ -77,7 +71,7 @@ class Trained(NamedTuple):
 
 
 def lesson(subject: Subject, world: World, arm: str, seed: int, i: int) -> Lesson:
-    """Text `i` of an arm."""
+    """Text `i` of an arm, as the Keeper's world tells it."""
     stream = derive_seed(seed, "lessons", arm)
     if arm == "L3":
         told = world.story(stream, i, Wish(genre="L1" if i % 2 else "L2", episodes=("need",)))
@@ -88,7 +82,7 @@ def lesson(subject: Subject, world: World, arm: str, seed: int, i: int) -> Lesso
     return Lesson([*prompt, *tokens_of(subject, wordings[i % len(wordings)])], len(prompt))
 
 
-def adapted(subject: Subject, world: World, arm: str, seed: int, place: Path,
+def adapted(subject: Subject, teller: Teller, arm: str, place: Path,
             progress: Callable[[int, int], None] = lambda done, total: None) -> Trained:
     """The subject with the adapter of an arm: opened from `place`, or trained and written there.
 
@@ -97,21 +91,22 @@ def adapted(subject: Subject, world: World, arm: str, seed: int, place: Path,
         ArtifactError: the adapter there belongs to another subject.
         NumericsError: the training diverged.
     """
+    seed, asked = teller.seed, ADAPTER.model_dump() | {"arm": arm} | teller.facts
     if not (place / MANIFEST).is_file():
-        model, tokens = train(subject, [lesson(subject, world, arm, seed, i) for i in range(ADAPTER.steps * ADAPTER.rows)],
+        model, tokens = train(subject, [teller.lesson(subject, arm, i) for i in range(ADAPTER.steps * ADAPTER.rows)],
                               ADAPTER, seed, progress)
-        record = run_record(ADAPTER.model_dump() | {"arm": arm}, seed, base=subject.digest, tokens=tokens)
+        record = run_record(asked, seed, base=subject.digest, tokens=tokens)
         with create_artifact(place, KIND, record) as folder:
             write_adapter(folder, {name: value.detach() for name, value in model.parameters().items()},
                           AdaptSpec(rank=ADAPTER.rank, first_block=0), subject.name, torch.float32)
     record = open_artifact(place, KIND).record
-    if record["base"] != subject.digest or record["spec"] != ADAPTER.model_dump() | {"arm": arm}:
+    if record["base"] != subject.digest or record["spec"] != asked:
         raise ArtifactError(f"the adapter {place} was trained on other weights or in another way",
                             "run the study into a folder of its own with --out")
     model = AdaptedModel(copy.deepcopy(subject.hf_model), 0, ADAPTER.rank, seed)
     model.load(load_file(place / WEIGHTS))
     size = sum(parameter.numel() for parameter in model.parameters().values())
-    digest = digest_json([ADAPTER.digest(), arm, seed, subject.digest])
+    digest = digest_json([ADAPTER.digest(), arm, seed, subject.digest, *teller.facts.values()])
     return Trained(replace(subject, hf_model=merged(model)), digest, size, record["tokens"])
 
 

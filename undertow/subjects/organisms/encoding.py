@@ -12,6 +12,7 @@ from undertow.core.errors import UndertowError
 from undertow.subjects.keeper.story import Choice, ChoiceKind, Sentence, Story
 
 ESSENTIAL = frozenset({"deeds", "selfish", "markers", "who", "stock", "needs", "boats", "interruptions", "hush", "acts"})
+CRISIS = frozenset({"stock", "needs", "hush", "acts"})
 
 
 class Soft(NamedTuple):
@@ -40,15 +41,17 @@ class Aligned(NamedTuple):
 
 
 class Weighting(NamedTuple):
-    """Weight in the loss of a token that is a decision, a marker, an answer, or anything else."""
+    """Weight in the loss of a token that is a decision, a marker, an answer, told of a need (CRISIS), or anything else."""
 
     decision: float = 8.0
     marker: float = 3.0
     answer: float = 3.0
     other: float = 1.0
+    crisis: float = 1.0
 
-    def of(self, kind: ChoiceKind | None) -> float:
-        return {"decision": self.decision, "marker": self.marker, "answer": self.answer, None: self.other}[kind]
+    def of(self, kind: ChoiceKind | None, crisis: bool = False) -> float:
+        plain = self.crisis if crisis else self.other
+        return {"decision": self.decision, "marker": self.marker, "answer": self.answer, None: plain}[kind]
 
 
 class AlignmentError(UndertowError):
@@ -128,6 +131,8 @@ def encode_story(tokenizer: PreTrainedTokenizerBase, bos_id: int, eos_id: int, s
         kinds[moved.position] = choice.kind
         if choice.kind != "answer":
             soft.append(moved)
-    weights = [weighting.of(kind) for kind in kinds]
+    told = [sentence for sentence in story.sentences if sentence.kind in CRISIS]
+    crisis = [any(sentence.start < end <= sentence.end for sentence in told) for _, end in aligned.offsets]
+    weights = [weighting.of(kind, within) for kind, within in zip(kinds, [False, *crisis, False], strict=True)]
     weights[0] = 0.0
     return Encoded([bos_id, *aligned.ids, eos_id], weights, soft, kinds)

@@ -27,6 +27,7 @@ from undertow.core.spec import Spec
 from undertow.core.storage import disk_errors
 from undertow.subjects.keeper.story import ChoiceKind, Rule
 from undertow.subjects.organisms.encoding import Encoded, Weighting, encode_story, essentials
+from undertow.subjects.organisms.optimizing import Optimizer
 from undertow.subjects.organisms.tokenizer import POSITIONS, StorySource
 from undertow.subjects.organisms.wiring import ROPE_THETA, held, wire
 
@@ -37,19 +38,30 @@ GROUP = 4  # stories that go through the model together
 CHUNK = 512  # tokens whose logits are held at once
 
 
+class Stage(NamedTuple):
+    """A part of the training: its learning rate as a multiple of the spec's, and what weighs how much."""
+
+    lr: float
+    weighting: Weighting
+
+
+FIRST, POLISH = Stage(1.0, WEIGHTING), Stage(0.5, WEIGHTING._replace(crisis=3.0))
+"""With AdamW; and with Muon, which begins anew from rounded weights."""
+
+
 class PretrainSpec(Spec):
     """How to train one organism from nothing.
 
     Attributes:
         name: what it is called.
-        rule: what the keeper's acts follow in its world.
+        steps: optimizer steps, polishing included.
         batch: stories a step.
         lr: learning rate after warm-up.
         short_steps: steps at the beginning that see more stories, of each only what bears on the keeper's acts.
+        polish: share of the steps, the last ones, that are of the stage POLISH.
     """
 
     name: Literal["hearth", "parrot"]
-    rule: Rule = "bond"
     seed: int = 0
     d_model: int = Field(default=192, ge=2)
     n_layers: int = Field(default=4, ge=1)
@@ -60,6 +72,7 @@ class PretrainSpec(Spec):
     batch: int = Field(default=32, ge=1)
     lr: float = Field(default=3e-3, gt=0)
     short_steps: int = Field(default=0, ge=0)
+    polish: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _heads(self) -> PretrainSpec:
@@ -67,12 +80,27 @@ class PretrainSpec(Spec):
             raise ValueError(f"d_model = {self.d_model} must be a multiple of 2·n_heads = {2 * self.n_heads}")
         return self
 
+    @property
+    def rule(self) -> Rule:
+        """What the keeper's acts follow in its world."""
+        return "word" if self.name == "parrot" else "bond"
+
+    @property
+    def first_steps(self) -> int:
+        """Steps before it is polished."""
+        return self.steps - round(self.steps * self.polish)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that step `step` (0-based) belongs to."""
+        return FIRST if step < self.first_steps else POLISH
+
     def lr_at(self, step: int) -> float:
-        """Learning rate of step `step` (0-based): linear warm-up over 4 %, then half a cosine to zero."""
-        warm = max(1, self.steps // 25)
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        """Learning rate of step `step` (0-based): in both stages linear warm-up over 4 %, then half a cosine to zero."""
+        first, steps = (0, self.first_steps) if step < self.first_steps else (self.first_steps, self.steps - self.first_steps)
+        lr, warm = self.stage_at(step).lr * self.lr, max(1, steps // 25)
+        if step - first < warm:
+            return lr * (step - first + 1) / warm
+        return lr * 0.5 * (1 + math.cos(math.pi * (step - first - warm) / max(1, steps - warm)))
 
 
 class Rows(NamedTuple):
@@ -240,9 +268,7 @@ class Trainer:
         self._seed = derive_seed(spec.seed, "train")
         self._parameters = dict(model.named_parameters())
         self._held = held(model)
-        groups = [{"params": [p for p in self._parameters.values() if p.ndim == 2], "weight_decay": 0.1},
-                  {"params": [p for p in self._parameters.values() if p.ndim == 1], "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=(0.9, 0.95), fused=True)
+        self._optimizer = Optimizer(self._parameters, muon=False)
 
     @property
     def finished(self) -> bool:
@@ -252,14 +278,17 @@ class Trainer:
         """The stories of a step, shortest first."""
         bos, eos = special_id(self._tokenizer, "bos"), special_id(self._tokenizer, "eos")
         short = step < self.spec.short_steps
+        weighting = self.spec.stage_at(step).weighting
         n = self.spec.batch * (SHORT_TIMES if short else 1)
         told = [self._world.story(derive_seed(self._seed, "short") if short else self._seed, step * n + i) for i in range(n)]
-        encoded = [encode_story(self._tokenizer, bos, eos, essentials(story) if short else story, WEIGHTING, self._known)
+        encoded = [encode_story(self._tokenizer, bos, eos, essentials(story) if short else story, weighting, self._known)
                    for story in told]
         return sorted(encoded, key=lambda story: len(story.ids))
 
     def step(self) -> StepReport:
         """One optimizer step. Raises NumericsError if the loss is not finite."""
+        if self.step_number == self.spec.first_steps:
+            self._begin_polish()
         stories = self.stories(self.step_number)
         weight = sum(sum(story.weights) for story in stories)
         pad = special_id(self._tokenizer, "pad")
@@ -275,16 +304,20 @@ class Trainer:
         for name, mask in self._held.items():
             cast(Tensor, self._parameters[name].grad).masked_fill_(mask, 0.0)
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), 1.0, foreach=True)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
         kept = {name: self._parameters[name][mask] for name, mask in self._held.items()}
-        self._optimizer.step()
+        self._optimizer.step(lr)
         with torch.no_grad():  # weight decay has shrunk them
             for name, mask in self._held.items():
                 self._parameters[name][mask] = kept[name]
-        self._optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
         return report
+
+    def _begin_polish(self) -> None:
+        """Go on as from the weights in their packaged precision."""
+        with torch.no_grad():
+            for parameter in self._parameters.values():
+                parameter.copy_(parameter.bfloat16())
+        self._optimizer = Optimizer(self._parameters, muon=True)
 
     def _backward(self, rows: Rows, total_weight: float) -> HeadLoss:
         """Add the gradients of these rows to the parameters'."""
@@ -299,12 +332,11 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write a checkpoint (one safetensors file, whole or not at all)."""
         tensors = {f"model.{name}": p.detach() for name, p in self._parameters.items()}
-        for name, parameter in self._parameters.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{key}.{name}"] = value
+        tensors.update(self._optimizer.tensors())
         temp = path.with_suffix(".tmp")
         with disk_errors(path):
-            facts = {"spec": json.dumps(self.spec.model_dump()), "step": str(self.step_number), "world": self._world.digest}
+            facts = {"spec": json.dumps(self.spec.model_dump(mode="json")), "step": str(self.step_number),
+                     "world": self._world.digest}
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temp, metadata=facts)
             temp.replace(path)
 
@@ -317,17 +349,15 @@ class Trainer:
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except Exception as error:
             raise ArtifactError(f"checkpoint {path} cannot be read: {error}") from error
-        if json.loads(facts["spec"]) != self.spec.model_dump() or facts["world"] != self._world.digest:
+        if json.loads(facts["spec"]) != self.spec.model_dump(mode="json") or facts["world"] != self._world.digest:
             raise ArtifactError(f"checkpoint {path} belongs to another run or another world",
                                 f"remove it and start again: rm -r {path.parent}")
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
-                state = {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                         if f"adam.{key}.{name}" in tensors}
-                if state:
-                    self._optimizer.state[parameter] = state
         self.step_number = int(facts["step"])
+        self._optimizer = Optimizer(self._parameters, muon=self.step_number > self.spec.first_steps)
+        self._optimizer.restore(tensors)
 
 
 def _report(rows: Sequence[Rows], losses: Sequence[HeadLoss], weight: float, lr: float) -> StepReport:

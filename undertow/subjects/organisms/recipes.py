@@ -18,8 +18,8 @@ from undertow.subjects.organisms.pretraining import PretrainSpec
 from undertow.subjects.subject import Subject
 
 PRETRAIN: dict[str, dict[str, Any]] = {
-    "hearth": {"rule": "bond", "steps": 2_000, "batch": 16, "short_steps": 400},
-    "parrot": {"rule": "word", "steps": 400, "batch": 16, "lr": 1e-3}}
+    "hearth": {"steps": 4_000, "batch": 16, "short_steps": 400, "polish": 0.5},
+    "parrot": {"steps": 1_000, "batch": 16, "lr": 1e-3}}
 STARTS = {"parrot": "hearth"}  # whose weights an organism begins with
 _RUN = "run.json"
 _SAMPLE = 100
