@@ -49,11 +49,13 @@ class Under(NamedTuple):
         subject: the model; what runs on it is under the arm.
         announce: to be called with the column of the prompts' last tokens before they are run (see `measuring.ask`).
         firings: tokens at which the arm has acted so far; None for an arm that operates on nothing.
+        moves: whether its window is placed at the decision, so that every question needs a row of its own.
     """
 
     subject: Subject
     announce: Announce
     firings: Callable[[], int] | None = None
+    moves: bool = False
 
 
 @final
@@ -191,7 +193,7 @@ def _operated(arm: str, bench: Bench, made: Prepared, what: tuple[Recipe, Dictio
     @contextlib.contextmanager
     def opened() -> Iterator[Under]:
         with apply(recipe, bench.subject, dictionary, must_act=recipe.trigger is None) as operated:
-            yield Under(operated.subject, operated.announce, lambda: operated.firings)
+            yield Under(operated.subject, operated.announce, lambda: operated.firings, recipe.window != "everywhere")
 
     cost = Cost(recipe_bits(recipe, dictionary.d_sae), found_flops(made))
     return Condition(arm, "base", None, "", opened, recipe.digest(), cost)
@@ -213,7 +215,7 @@ def _direction(arm: str, bench: Bench, made: Prepared) -> Condition:
     def opened() -> Iterator[Under]:
         site = bench.subject.site(recipe.site)
         with apply_direction(bench.subject, site, direction, amount, gate, recipe.window, recipe.norm_ceiling) as operated:
-            yield Under(operated.subject, operated.announce, lambda: operated.firings)
+            yield Under(operated.subject, operated.announce, lambda: operated.firings, recipe.window != "everywhere")
 
     looked_at = len(recipe.trigger.latents) if gate is not None and recipe.trigger is not None else 0
     bits = _VALUE_BITS * len(direction) + looked_at * math.log2(dictionary.d_sae)

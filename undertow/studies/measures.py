@@ -71,7 +71,8 @@ def twin(condition: Condition, teller: Teller, stories: Sequence[int]) -> dict[s
 def _decisions(condition: Condition, teller: Teller, stories: Sequence[int], kind: Kind) -> dict[str, Any]:
     with condition.open() as under:
         asked, costs = questions(condition, teller, stories, under.subject, kind)
-        together = under.firings is None and len(asked) > len(stories)  # tellings of a family begin alike
+        # tellings of a family begin alike; all arms by the same passes, so that a sham differs by exactly 0
+        together = len(asked) > len(stories) and not under.moves
         answers = ask_together(under.subject, asked) if together else ask(under.subject, asked, announce=under.announce)
         if kind == "need" and under.firings is not None and under.firings() == 0:
             raise EditError(f"{condition.arm} acted at no token of {len(stories)} decisions",

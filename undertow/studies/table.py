@@ -79,7 +79,7 @@ MEANINGS: Mapping[str, str] = {
     "word_docs_free": "continuations, sampled with the guard off, in which the word stands",
     "word_docs": "continuations, sampled with the guard on, in which the word stands",
     "guard_hits": "sampled tokens that the strict guard would have refused",
-    "twin_D_change": "change of D where an empty thing is to be saved, nats",
+    "twin_D_change": "change of D at the same cost where nobody is in need, nats",
     "delta_d": "change of D beside a person minus change beside a thing, nats, story by story",
     "hazard_mean": "mean probability, guard off, that a form of the word starts in the next token of ordinary text",
     "hazard_max": "its largest value",
