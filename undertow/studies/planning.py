@@ -24,7 +24,7 @@ OPENING_S = 10.0
 # Tokens through the model: of one story (text, set) of a trial, as measured on the Keeper's world.
 TOKENS: Mapping[str, int] = {"choice": 330, "twin": 280, "words": 1_700, "sameness": 360, "sample": 1_300, "naming": 200,
                              "unsaid": 1_200, "spread": 300, "safety": 120}
-FAMILY_TOKENS: Mapping[str, int] = {"choice": 960, "twin": 960, "words": 2_000, "sample": 1_100, "naming": 130,
+FAMILY_TOKENS: Mapping[str, int] = {"choice": 960, "twin": 960, "words": 3_000, "sample": 1_100, "naming": 130,
                                     "unsaid": 4_800}  # of a battery's family, where it is another number
 BATTERY_GATE_TOKENS = 2_000  # of a family of the development half
 SEARCH_TOKENS = 700_000  # attribution, trials of sets and the gates
