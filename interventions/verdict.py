@@ -134,7 +134,11 @@ def verdict(evidence: Evidence) -> Verdict:
 
 
 def _incomplete(evidence: Evidence) -> list[str]:
-    found = [f"the {arm} arm is missing" for arm in NEEDED_ARMS if arm not in evidence.arms]
+    found = []  # what explains the rest comes first
+    if not evidence.competent:
+        found.append("the competence gate was not run" if evidence.competent is None else
+                     "the subject fails the competence gate: its D does not answer to cost and to instructions")
+    found += [f"the {arm} arm is missing" for arm in NEEDED_ARMS if arm not in evidence.arms]
     found += [f"{name} was not measured" for name in ("effect", "hazard_ratio_upper", "word_docs", "kl_mean", "kl_p99")
               if getattr(evidence, name) is None]
     if "lexical" in evidence.arms and evidence.lexical_hazard_ratio is None:
@@ -145,9 +149,6 @@ def _incomplete(evidence: Evidence) -> list[str]:
         found.append("sham_change was not measured")
     if evidence.sham_change:
         found.append(f"the sham arm changes a measure by {evidence.sham_change:.3g}, not by exactly 0")
-    if not evidence.competent:
-        found.append("the competence gate was not run" if evidence.competent is None else
-                     "the subject fails the competence gate: its D does not answer to cost and to instructions")
     if evidence.nameability is not None:
         found += _unnamed(evidence.nameability)
     return found

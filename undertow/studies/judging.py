@@ -98,7 +98,8 @@ def _levels(spec: StudySpec, table: Table) -> list[Clause]:
     def clause(arm: str, name: str, claim: str, margins: tuple[float, float], draws: _Draws | None) -> Clause:
         figure = table.get(arm, name)
         if figure is None or draws is None:
-            missing = f"{name} was not measured" if arm in columns.arms else f"the arm {arm} was not run"
+            what = "is absent: see the gates" if arm in spec.arms else "was not run"
+            missing = f"{name} was not measured" if arm in columns.arms else f"the arm {arm} {what}"
             return _untested(arm, claim, missing)
         value, drawn, n = draws()
         return _tested(arm, claim, tost_of_draws(value, drawn, margins, n), figure, "bootstrap over stories")
