@@ -21,7 +21,7 @@ class Optimizer:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], muon: bool) -> None:
-        self.muon, self._parameters = muon, parameters
+        self._parameters = parameters
         inner = [p for name, p in parameters.items() if p.ndim == 2 and muon and not name.endswith(_OUTER)]
         taken = {id(p) for p in inner}
         rest = [p for p in parameters.values() if id(p) not in taken]
