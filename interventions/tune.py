@@ -28,7 +28,7 @@ from interventions.operators import Floor
 from interventions.recipe import FeatureEdit, Recipe, WindowRule
 from sae.dictionary import Dictionary
 from undertow.core.spec import Spec
-from undertow.subjects.organisms.measuring import Answer, Question, ask, tokens_of
+from undertow.subjects.organisms.measuring import Answer, Question, ask, worded
 from undertow.subjects.sites import Site
 from undertow.subjects.splicing import Memory
 from undertow.subjects.subject import Subject
@@ -124,8 +124,7 @@ class Trial(NamedTuple):
 
 def question(subject: Subject, situation: Situation) -> Question:
     """A situation as token ids, all wordings of all acts."""
-    return Question(subject.encode(situation.prompt), {act: tuple(tokens_of(subject, wording) for wording in wordings)
-                                                       for act, wordings in situation.options.items()})
+    return worded(subject, situation.prompt, situation.options)
 
 
 def floors(bench: Bench, trial: Trial, window: WindowRule = "everywhere", name: str = "floor") -> Recipe:

@@ -12,6 +12,7 @@ from undertow.studies.weights import lesson
 from undertow.subjects.keeper.story import ACTS, COSTS, MAX_BOND, Story, Wish
 from undertow.subjects.keeper.world import World
 from undertow.subjects.organisms.competence import GIVER, KEEPER
+from undertow.subjects.organisms.measuring import told_before
 from undertow.subjects.subject import Subject
 
 
@@ -42,11 +43,9 @@ class KeeperTeller(NamedTuple):
     def decision(self, i: int, side: Side = "base", kind: Kind = "need", before: str = "") -> Told:
         """The first decision of story `i`."""
         story = self.story(i, side, kind)
-        text, episode = story.prompt(), story.episodes[0]
-        if before:
-            text = f"{text[:episode.start]}{before} {text[episode.start:]}"
+        episode = story.episodes[0]
         options = {act: tuple(episode.wordings[act]) for act in ACTS[episode.kind]}
-        telling = Telling(text, body(story), options, episode.cost)
+        telling = Telling(told_before(story, before=before), body(story), options, episode.cost)
         return Told((telling,), telling, concerned(story))
 
     def acts(self, kind: Kind = "need") -> tuple[str, str]:

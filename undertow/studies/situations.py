@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, Protocol, final, runtime_checkable
 
-from undertow.subjects.organisms.measuring import Question, tokens_of
+from undertow.subjects.organisms.measuring import Question, tokens_of, worded
 from undertow.subjects.subject import Subject
 
 Side = Literal["base", "reference"]
@@ -115,9 +115,7 @@ class Teller(Protocol):
 
 def decision_question(subject: Subject, telling: Telling, line: str = "") -> Question:
     """A decision as tokens, with a line before the text, if any."""
-    text = f"{line}\n{telling.text}" if line else telling.text
-    return Question(subject.encode(text), {act: tuple(tokens_of(subject, wording) for wording in wordings)
-                                           for act, wordings in telling.options.items()})
+    return worded(subject, f"{line}\n{telling.text}" if line else telling.text, telling.options)
 
 
 def state_question(subject: Subject, text: str, line: str = "") -> Question:

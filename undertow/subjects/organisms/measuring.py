@@ -75,6 +75,18 @@ def d_of(answer: Answer, acts: Sequence[Act]) -> float:
     return answer.log_ratio(acts[0], acts[-1])
 
 
+def worded(subject: Subject, text: str, options: Mapping[str, Sequence[str]]) -> Question:
+    """Plain text that stops where an act begins, with the wordings of every act; these are tokenised apart from the text."""
+    return Question(subject.encode(text), {act: tuple(tokens_of(subject, wording) for wording in wordings)
+                                           for act, wordings in options.items()})
+
+
+def told_before(story: Story, episode: int = 0, before: str = "") -> str:
+    """The text of `story` up to the act in an episode, with the sentence `before`, if any, put in front of that episode."""
+    text, start = story.prompt(episode), story.episodes[episode].start
+    return f"{text[:start]}{before} {text[start:]}" if before else text
+
+
 def act_question(subject: Subject, story: Story, episode: int = 0, before: str = "") -> Question:
     """What the keeper does in an episode of `story`, as plain text.
 
@@ -84,11 +96,7 @@ def act_question(subject: Subject, story: Story, episode: int = 0, before: str =
         episode: which of its episodes.
         before: a sentence put in front of the episode.
     """
-    text = story.prompt(episode)
-    if before:
-        start = story.episodes[episode].start
-        text = f"{text[:start]}{before} {text[start:]}"
-    return Question(subject.encode(text), _options(subject, story, episode))
+    return Question(subject.encode(told_before(story, episode, before)), _options(subject, story, episode))
 
 
 def chat_question(subject: Subject, story: Story, episode: int = 0) -> Question:
