@@ -29,6 +29,7 @@ from interventions.recipe import FeatureEdit, Recipe, WindowRule
 from sae.dictionary import Dictionary
 from undertow.core.spec import Spec
 from undertow.subjects.organisms.measuring import Answer, Question, ask, worded
+from undertow.subjects.sharing import Below
 from undertow.subjects.sites import Site
 from undertow.subjects.splicing import Memory
 from undertow.subjects.subject import Subject
@@ -76,6 +77,7 @@ class Bench(NamedTuple):
         questions: development situations.
         texts: development texts without a decision, as token ids.
         untouched: logits of the untouched subject after their tokens (`logits_after`).
+        below: what is computed of them below the site, once for all recipes.
     """
 
     subject: Subject
@@ -87,6 +89,7 @@ class Bench(NamedTuple):
     questions: list[Question]
     texts: list[list[int]]
     untouched: list[Float[Tensor, "_ vocab"]]
+    below: Below
 
 
 @final
@@ -139,8 +142,9 @@ def floors(bench: Bench, trial: Trial, window: WindowRule = "everywhere", name: 
 def answers(bench: Bench, recipe: Recipe | None, questions: Sequence[Question]) -> list[Answer]:
     """Act probabilities under a recipe; None: of the untouched subject."""
     if recipe is None:
-        return ask(bench.subject, questions)
-    with apply(recipe, bench.subject, bench.dictionary) as operated:
+        with bench.below.shared():
+            return ask(bench.subject, questions)
+    with bench.below.shared(), apply(recipe, bench.subject, bench.dictionary) as operated:
         return ask(bench.subject, questions, announce=operated.announce)
 
 
@@ -155,7 +159,7 @@ class Same(NamedTuple):
 
 def sameness(bench: Bench, recipe: Recipe) -> Same:
     """How far ordinary text is from what it was."""
-    with apply(recipe, bench.subject, bench.dictionary) as operated:
+    with bench.below.shared(), apply(recipe, bench.subject, bench.dictionary) as operated:
         kl = kl_after(bench.untouched, logits_after(operated.subject, bench.texts))
     texts = np.split(kl, np.cumsum([len(logits) for logits in bench.untouched])[:-1])
     rng = np.random.default_rng(0)  # the same draws for every recipe, so that recipes are compared on the same resamples

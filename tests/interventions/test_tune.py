@@ -25,6 +25,7 @@ from interventions.tune import (
     sameness,
 )
 from tests.features.planted import D_SAE, planted
+from undertow.subjects.sharing import Below
 
 ACTS = ("give", "keep")
 KNOWN = Levels(np.ones(D_SAE), np.linspace(100.0, 130.0, D_SAE))  # the planted latents stand at about 50
@@ -42,7 +43,7 @@ def bench() -> Bench:
                                drawn_slopes(made.subject, made.site, texts, 1),
                                word_slopes(made.subject, made.site, texts, torch.tensor([5]))),
                  [question(made.subject, pair.negative) for pair in made.pairs[:4]], texts,
-                 logits_after(made.subject, texts))
+                 logits_after(made.subject, texts), Below(made.subject, made.site))
 
 
 def at(latents: tuple[int, ...], dose: float) -> Trial:

@@ -13,7 +13,7 @@ from undertow.core.errors import ArtifactError, SpecError, SubjectError, TextErr
 from undertow.core.storage import open_artifact
 from undertow.subjects.keeper.world import load_world
 from undertow.subjects.load import load_subject
-from undertow.subjects.organisms import adapt_run
+from undertow.subjects.organisms import adapt_run, adapting
 from undertow.subjects.organisms.adapt_run import Stopped, Watch, adapt, finish, partial_folder, read_adapter
 from undertow.subjects.organisms.adapting import Adapter, AdaptSpec
 from undertow.subjects.organisms.lora import AdaptedModel
@@ -131,7 +131,9 @@ def test_training_learns_and_the_anchor_holds(subject: Subject, texts: list[list
     assert loose.finished and loose.tokens == sum(step.tokens for step in steps["loose"])
 
 
-def test_the_loss_is_the_weighted_mean_of_the_cross_entropies(subject: Subject, texts: list[list[int]]) -> None:
+def test_the_loss_is_the_weighted_mean_of_the_cross_entropies(subject: Subject, texts: list[list[int]],
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapting, "product_dtype", lambda _model: torch.float32)
     trainer = Adapter(SPEC, subject, WORLD, texts)
     pack = trainer._packer.pack(0)
     expected = 0.0

@@ -109,8 +109,8 @@ def two_stories() -> list[Encoded]:
 
 def test_rows_of_two_stories() -> None:
     rows = rows_of(two_stories(), pad_id=2)
-    assert rows.ids.tolist() == [[0, 5, 6, 1], [0, 9, 1, 2]]
-    assert rows.states.tolist() == [0, 1, 2, 4, 5]  # the state at a token predicts the next one
+    assert rows.ids.tolist() == [[0, 5, 6, 1] + [2] * 28, [0, 9, 1] + [2] * 29]  # a multiple of 32
+    assert rows.states.tolist() == [0, 1, 2, 32, 33]  # the state at a token predicts the next one
     assert rows.tokens.tolist() == [5, 6, 1, 9, 1]
     assert rows.weights.tolist() == [1, 8, 1, 3, 1]
     assert rows.kinds.tolist() == [0, 1, 0, 3, 0]
@@ -147,6 +147,7 @@ def test_the_gradient_made_by_hand_is_autograds(n: int, seed: int) -> None:
 
 def test_a_step_is_that_of_plain_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step's gradients, over groups of padded stories, are those of each story alone through the whole model."""
+    monkeypatch.setattr(pretraining, "product_dtype", lambda _model: torch.float32)
     trainer, plain = trainer_of(tiny_spec(batch=5)), new_model(tiny_spec(), tokenizer())
     stories = trainer.stories(0)
     total = sum(sum(story.weights) for story in stories)

@@ -42,6 +42,7 @@ from undertow.subjects.keeper.story import Story
 from undertow.subjects.organisms.measuring import Answer, Question, act_question, ask
 from undertow.subjects.organisms.statistics import Estimate, bootstrap, mean
 from undertow.subjects.sampling import Generated
+from undertow.subjects.sharing import Below
 
 SAMPLED = ("stranger", "bonded", "L4", "L4-before")
 AUDITED = ("L4", "sham", "lexical")
@@ -95,7 +96,7 @@ def run_arms(setting: Setting, bench: Bench, chosen: Trial) -> Arms:
     scored, other = told.base[: spec.scored], told.reference[: spec.scored]
     asked = {"stranger": _ask(setting, scored), "bonded": _ask(setting, other), "L2": instructed(subject, world, scored)}
     setting.progress("score", 0, len(recipes) + len(asked) + spec.random_sets)
-    found = {arm: ask(subject, questions) for arm, questions in asked.items()}
+    found = {arm: answers(bench, None, questions) for arm, questions in asked.items()}
     for arm, recipe in recipes.items():
         found[arm] = answers(bench, recipe, asked["stranger"])
     random = []
@@ -112,9 +113,10 @@ def run_arms(setting: Setting, bench: Bench, chosen: Trial) -> Arms:
     twins = _ask(setting, told.twins[: spec.scored])
     with straight(l4, subject, setting.dictionary) as operated:
         direct = _d(ask(subject, asked["stranger"], announce=operated.announce)) - _d(found["stranger"])
-    return Arms(told, measured, random, _audits(setting, trie, told, recipes), _kl(setting, told, recipes),
-                (_probs(ask(subject, held)), _probs(answers(bench, l4, held))),
-                _d(answers(bench, l4, twins), "save", "leave") - _d(ask(subject, twins), "save", "leave"), direct, recipes)
+    return Arms(told, measured, random, _audits(setting, trie, told, recipes), _kl(setting, bench.below, told, recipes),
+                (_probs(answers(bench, None, held)), _probs(answers(bench, l4, held))),
+                _d(answers(bench, l4, twins), "save", "leave") - _d(answers(bench, None, twins), "save", "leave"), direct,
+                recipes)
 
 
 def _ask(setting: Setting, stories: Sequence[Story]) -> list[Question]:
@@ -140,12 +142,14 @@ def _audits(setting: Setting, trie: TokenTrie, told: Scenes, recipes: Mapping[st
     return made
 
 
-def _kl(setting: Setting, told: Scenes, recipes: Mapping[str, Recipe]) -> dict[str, Float[np.ndarray, "token"]]:
+def _kl(setting: Setting, below: Below, told: Scenes, recipes: Mapping[str, Recipe]
+        ) -> dict[str, Float[np.ndarray, "token"]]:
     rows = [setting.subject.encode(body(story)) for story in told.plain[: SAMENESS * setting.spec.texts]]
-    untouched = logits_after(setting.subject, rows)
+    with below.shared():
+        untouched = logits_after(setting.subject, rows)
     made = {}
     for arm in AUDITED:
-        with apply(recipes[arm], setting.subject, setting.dictionary) as operated:
+        with below.shared(), apply(recipes[arm], setting.subject, setting.dictionary) as operated:
             made[arm] = kl_after(untouched, logits_after(operated.subject, rows))
     return made
 

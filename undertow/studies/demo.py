@@ -40,6 +40,7 @@ from undertow.subjects.keeper.world import World
 from undertow.subjects.organisms.measuring import Answer, ask
 from undertow.subjects.organisms.statistics import mean, sign_flip_p
 from undertow.subjects.sampling import Generated, Sampling, generate
+from undertow.subjects.sharing import Below
 from undertow.subjects.subject import Subject
 
 Progress = Callable[[str, int, int], None]
@@ -216,7 +217,10 @@ def find(setting: Setting, site_name: str) -> Found:
                        word_slopes(subject, site, few, tokens))
     place = {"subject": subject.digest, "sae": dictionary_digest(dictionary), "site": site.name}
     questions = [question(subject, one) for one in setting.situations("development", spec.development)]
-    bench = Bench(subject, dictionary, site, place, known, gradients, questions, texts, logits_after(subject, texts))
+    below = Below(subject, site)
+    with below.shared():
+        untouched = logits_after(subject, texts)
+    bench = Bench(subject, dictionary, site, place, known, gradients, questions, texts, untouched, below)
     return Found(bench, attribution, choose(bench, pool, ACTS, TuneSpec(), setting.progress))
 
 

@@ -30,7 +30,7 @@ from undertow.studies.demo import LANGUAGES
 from undertow.studies.frozen import frozen_search
 from undertow.studies.ledger import Ledger, open_ledger
 from undertow.studies.measures import Bodies, Words, bodies, choice, naming, sameness, sample, twin, words_of
-from undertow.studies.preparing import Prepared, Tools, prepared
+from undertow.studies.preparing import Prepared, Tools, prepared, site_of
 from undertow.studies.situations import Teller
 from undertow.studies.sources import Source, open_source
 from undertow.studies.spec import StudySpec
@@ -39,10 +39,12 @@ from undertow.studies.variants import AbsentArmError
 from undertow.studies.weights import Trained, adapted
 from undertow.subjects.keeper.world import World, load_world
 from undertow.subjects.load import load_subject
+from undertow.subjects.sharing import Below
 from undertow.subjects.subject import Subject
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"
+_FROM_THE_SITE = ("choice", "twin", "naming", "sameness")  # measures in which nothing is read or edited below the site
 
 
 @final
@@ -216,6 +218,11 @@ class Lab:
         return Words(spellings(self.subject, lexicon.only(languages=LANGUAGES)),
                      LexiconProcessor(self.subject.tokenizer, lexicon, prompt="record"))
 
+    @cached_property
+    def below(self) -> Below:
+        """What is computed below the site, once for all arms."""
+        return Below(self.subject, self.subject.site(site_of(self.spec, self.subject)))
+
     def check_weights(self) -> None:
         """Raise ArtifactError if earlier rows were measured on other weights."""
         others = {row["subject"] for row in self.ledger.rows.values()} - {self.subject.digest}
@@ -232,19 +239,21 @@ class Lab:
 
     def measure(self, trial: Trial) -> dict[str, Any]:
         """The values of a trial, what its arm is and what it costs. Raises AbsentArmError if the search has nothing for it."""
-        teller, units = self._teller(trial.seed), range(trial.first, trial.stop)
+        teller, units = self.source.teller(self.world, trial.seed), range(trial.first, trial.stop)
         bench = Bench(self.subject, teller, lambda: self.prepared(trial.seed), lambda arm: self._trained(arm, teller),
                       lambda: self._frozen(trial.seed))
         if trial.arm == "random":
             sets = [random_condition(bench, i) for i in units]
-            made = [choice(condition, teller, range(few(self.spec))) for condition in sets]
+            with self.below.shared():
+                made = [choice(condition, teller, range(few(self.spec))) for condition in sets]
             return {"arm_digest": sets[0].digest, "cost": sets[0].cost._asdict(),
                     "values": {"set": list(units), **{name: [found[name] for found in made] for name in ("p", "D")}}}
         if (trial.arm, trial.seed) not in self._conditions:
             self._conditions[trial.arm, trial.seed] = condition_of(trial.arm, bench)
         condition = self._conditions[trial.arm, trial.seed]
-        return {"arm_digest": condition.digest, "cost": condition.cost._asdict(),
-                "values": self._values(trial, condition, teller, units)}
+        with self.below.shared() if trial.measure in _FROM_THE_SITE else contextlib.nullcontext():
+            values = self._values(trial, condition, teller, units)
+        return {"arm_digest": condition.digest, "cost": condition.cost._asdict(), "values": values}
 
     def _values(self, trial: Trial, condition: Condition, teller: Teller, units: range) -> dict[str, Any]:
         match trial.measure:
@@ -293,6 +302,3 @@ class Lab:
         if key not in self._bodies:
             self._bodies[key] = bodies(self.subject, teller, range(trial.first, trial.stop), self.words)
         return self._bodies[key]
-
-    def _teller(self, seed: int) -> Teller:
-        return self.source.teller(self.world, seed)

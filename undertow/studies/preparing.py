@@ -134,7 +134,7 @@ def _made(spec: StudySpec, seed: int, folder: Path, with_: tuple[Tools, TokenCou
     """Facts, directions and recipes."""
     tools, counter = with_
     subject, demo = tools.subject, demo_spec(spec, seed)
-    site = _site(spec, subject)
+    site = site_of(spec, subject)
     gates, competence = tools.source.gates(subject, demo, site, tools.progress)
     facts: dict[str, Any] = {
         "site": site, "competence": competence, "absent": "", "parameters": parameters(subject),
@@ -202,7 +202,7 @@ def chosen_facts(found: Found) -> dict[str, Any]:
             "rate": [float(known.rate[latent]) for latent in chosen.latents]}
 
 
-def _site(spec: StudySpec, subject: Subject) -> str:
+def site_of(spec: StudySpec, subject: Subject) -> str:
     """Where to operate: where the given SAE reads, else after the block below the middle."""
     if spec.sae is None:
         return Site(max(0, (subject.n_layers - 1) // 2), "resid_post").name

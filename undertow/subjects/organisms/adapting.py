@@ -24,11 +24,13 @@ from undertow.core.storage import disk_errors
 from undertow.subjects.organisms.lora import AdaptedModel
 from undertow.subjects.organisms.ordinary import rounds
 from undertow.subjects.organisms.packing import KINDS, Mix, Pack, Packer, Teller, block_mask
+from undertow.subjects.organisms.products import product_dtype
 from undertow.subjects.subject import Subject
 
 ANCHOR_TEXTS = 4
 ANCHOR_SHARE = 0.25
 PROBES = 24
+WIDTH = 64  # packs are padded to a multiple of it: a kernel is made anew for every shape
 
 
 class AdaptSpec(Spec):
@@ -126,7 +128,8 @@ class Adapter:
     def __init__(self, spec: AdaptSpec, subject: Subject, teller: Teller, ordinary: Sequence[Sequence[int]]) -> None:
         """`subject` is copied, not altered; `ordinary` holds token ids (see `ordinary_texts`)."""
         self.spec, self.step_number, self.tokens = spec, 0, 0
-        self.model = AdaptedModel(copy.deepcopy(subject.hf_model), spec.first_block, spec.rank, spec.seed)
+        self.model = AdaptedModel(copy.deepcopy(subject.hf_model), spec.first_block, spec.rank, spec.seed,
+                                  product_dtype(subject.hf_model))
         self._packer = Packer(teller, subject, derive_seed(spec.seed, "train"), spec.mix())
         self._probe = Packer(teller, subject, derive_seed(spec.seed, "probe"), spec.mix()._replace(twins=0.0))
         self._ordinary = [list(text) for text in ordinary if len(text) > 1]
@@ -163,8 +166,10 @@ class Adapter:
 
     def _judge(self, pack: Pack, clock: _Clock) -> Judged:
         device, dtype = self.model.model.device, self.model.model.dtype
-        positions, mask = pack.positions[None].to(device), block_mask(pack.owner.to(device), dtype)
-        hidden = self.model.lower(pack.tokens[None].to(device), positions, mask)
+        tokens, positions, owner = (torch.nn.functional.pad(part, (0, -len(part) % WIDTH), value=value).to(device)
+                                    for part, value in ((pack.tokens, 0), (pack.positions, 0), (pack.owner, -1)))
+        positions, mask = positions[None], block_mask(owner, dtype)
+        hidden = self.model.lower(tokens[None], positions, mask)
         clock.lap("lower")
         hidden = self.model.upper(hidden, positions, mask)
         clock.lap("upper")

@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from undertow.core.errors import SubjectError
 from undertow.core.seeds import generator
+from undertow.subjects.organisms.products import MixedLinear, mixed
 
 TARGETS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
@@ -27,21 +28,24 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
+        low = x.to(weight.dtype)
+        ctx.save_for_backward(low, weight, a.to(weight.dtype), b.to(weight.dtype))
         ctx.scale = scale
-        return x @ weight.T
+        return (low @ weight.T).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
         x, weight, a, b = ctx.saved_tensors
-        rows, flat = grads[0].reshape(-1, grads[0].shape[-1]), x.reshape(-1, x.shape[-1])
-        down = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        return down, None, ctx.scale * ((rows @ b).T @ flat), ctx.scale * (rows.T @ (flat @ a.T)), None
+        dtype = grads[0].dtype
+        rows, flat = grads[0].reshape(-1, grads[0].shape[-1]).to(weight.dtype), x.reshape(-1, x.shape[-1])
+        down = (rows @ weight).view(x.shape).to(dtype) if ctx.needs_input_grad[0] else None
+        by_a, by_b = (rows @ b).T @ flat, rows.T @ (flat @ a.T)
+        return down, None, ctx.scale * by_a.to(dtype), ctx.scale * by_b.to(dtype), None
 
 
 @final
 class LoraLinear(nn.Module):
-    """A frozen linear layer without bias, plus scale·B·A. B starts at zero.
+    """A frozen linear layer without bias, plus scale·B·A, that multiplies in `dtype` (its own, if None). B starts at zero.
 
     Attributes:
         lora_A: (rank, d_in), uniform within ±1/√d_in at the start, as PEFT has it.
@@ -49,31 +53,35 @@ class LoraLinear(nn.Module):
         off: the layer acts as if it had no adapter.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float, random: torch.Generator) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, random: torch.Generator,
+                 dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.base, self.scale, self.off = linear.weight.detach(), scale, False
         bound = 1 / math.sqrt(linear.in_features)
         a = torch.empty(rank, linear.in_features, dtype=torch.float64).uniform_(-bound, bound, generator=random)
         self.lora_A = nn.Parameter(a.to(self.base))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=self.base.dtype, device=self.base.device))
-        self.sum = self.base.clone()
+        self.sum = self.base.to(dtype, copy=True)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Form W + s·B·A anew; due after every change of A or B."""
-        torch.addmm(self.base, self.lora_B, self.lora_A, alpha=self.scale, out=self.sum)
+        self.sum.copy_(torch.addmm(self.base, self.lora_B, self.lora_A, alpha=self.scale))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.off:
-            return x @ self.base.T
+            return (x.to(self.sum.dtype) @ self.base.to(self.sum.dtype).T).to(x.dtype)
         return cast(Tensor, _Product.apply(x, self.sum, self.lora_A, self.lora_B, self.scale))
 
 
 @final
 class AdaptedModel:
-    """A Llama model whose blocks from `first` on carry adapters on all linear layers. The model given is altered for good."""
+    """A Llama model whose blocks from `first` on carry adapters on all linear layers. The model given is altered for good.
 
-    def __init__(self, model: PreTrainedModel, first: int, rank: int, seed: int) -> None:
+    With a `dtype` it multiplies in that, for the sake of speed; see `product_dtype`.
+    """
+
+    def __init__(self, model: PreTrainedModel, first: int, rank: int, seed: int, dtype: torch.dtype | None = None) -> None:
         if not isinstance(model, LlamaForCausalLM):
             raise SubjectError(f"adapters are trained on Llama models, and this one is {type(model).__name__}")
         if not 0 <= first < len(model.model.layers):
@@ -85,9 +93,13 @@ class AdaptedModel:
                 owner = getattr(model.model.layers[index], part)
                 for name in names:
                     path = f"model.layers.{index}.{part}.{name}"
-                    layer = LoraLinear(getattr(owner, name), rank, 2.0, generator(seed, "lora", path))
+                    layer = LoraLinear(getattr(owner, name), rank, 2.0, generator(seed, "lora", path), dtype)
                     setattr(owner, name, layer)
                     self.layers[path] = layer
+        if dtype is not None and dtype != model.dtype:
+            mixed(model.model.layers[:first], dtype, frozen=True)
+            head = nn.Parameter(model.lm_head.weight.detach().to(dtype), requires_grad=False)
+            model.set_submodule("lm_head", MixedLinear(head, dtype))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters under the names that PEFT gives them."""

@@ -36,6 +36,7 @@ from undertow.subjects.organisms.pretraining import (
     special_id,
     started_model,
 )
+from undertow.subjects.organisms.products import mixed
 from undertow.subjects.organisms.tokenizer import StorySource, train_tokenizer
 
 SPEC_FILE, CHECKPOINT, LOG, TOKENIZER = "run.json", "checkpoint.safetensors", "log.jsonl", "tokenizer"
@@ -204,7 +205,9 @@ def thinned(lines: list[str], most: int = LOG_LINES) -> list[str]:
 
 def rounded(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """A copy in float32 with weights rounded to bfloat16, as they will be read back, in eval mode."""
-    return copy.deepcopy(model).to(torch.bfloat16).float().eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    made = copy.deepcopy(model).to(torch.bfloat16).float().eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    mixed(made.model.layers, torch.float32)
+    return made
 
 
 def held_out_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, world: StorySource, seed: int,

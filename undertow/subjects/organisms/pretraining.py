@@ -28,6 +28,7 @@ from undertow.core.storage import disk_errors
 from undertow.subjects.keeper.story import ChoiceKind, Rule
 from undertow.subjects.organisms.encoding import Encoded, Weighting, encode_story, essentials
 from undertow.subjects.organisms.optimizing import Optimizer
+from undertow.subjects.organisms.products import mixed, product_dtype
 from undertow.subjects.organisms.tokenizer import POSITIONS, StorySource
 from undertow.subjects.organisms.wiring import ROPE_THETA, held, wire
 
@@ -36,6 +37,7 @@ KINDS: tuple[ChoiceKind | None, ...] = (None, "decision", "marker", "answer")
 SHORT_TIMES = 2  # so many times as many stories in a short step
 GROUP = 4  # stories that go through the model together
 CHUNK = 512  # tokens whose logits are held at once
+WIDTH = 32  # rows are padded to a multiple of it: a kernel is made anew for every shape
 
 
 class Stage(NamedTuple):
@@ -165,7 +167,7 @@ class StepReport(NamedTuple):
 
 def rows_of(stories: Sequence[Encoded], pad_id: int) -> Rows:
     """Pack stories into one padded block."""
-    width = max(len(story.ids) for story in stories)
+    width = math.ceil(max(len(story.ids) for story in stories) / WIDTH) * WIDTH
     states: list[int] = []
     tokens: list[int] = []
     weights: list[float] = []
@@ -189,15 +191,16 @@ def rows_of(stories: Sequence[Encoded], pad_id: int) -> Rows:
                 torch.tensor(rows), torch.tensor(ids), torch.tensor(probs))
 
 
-def head_loss(states: Float[Tensor, "token d"], weight: Float[Tensor, "vocab d"], rows: Rows,
-              scale: Float[Tensor, "token"]) -> HeadLoss:
-    """Losses, and the gradients of Σ scale·soft, without a graph and CHUNK tokens at a time.
+def head_loss(states: Float[Tensor, "token d"], weight: Float[Tensor, "vocab d"], rows: Rows, scale: Float[Tensor, "token"],
+              dtype: torch.dtype = torch.float32) -> HeadLoss:
+    """Losses, and the gradients of Σ scale·soft (multiplied in `dtype`), without a graph and CHUNK tokens at a time.
 
     With logits z = states·weightᵀ, soft = log Σ exp z − Σ target·z and ∂soft/∂z = softmax(z) − target.
     """
     n, vocab = len(states), len(weight)
     hard, soft = torch.empty(n), torch.empty(n)
     d_states, d_weight = torch.empty_like(states), torch.zeros_like(weight)
+    low_states, low_weight = states.to(dtype), weight.to(dtype)
     bounds = torch.searchsorted(rows.rows, torch.arange(0, n + CHUNK, CHUNK)).tolist()
     for chunk, begin in enumerate(range(0, n, CHUNK)):
         x, mass = states[begin: begin + CHUNK], scale[begin: begin + CHUNK]
@@ -214,8 +217,9 @@ def head_loss(states: Float[Tensor, "token d"], weight: Float[Tensor, "vocab d"]
         soft[begin: begin + CHUNK] = log_total.index_add(0, row, -probs * wanted)
         z *= (mass / total)[:, None]
         z.view(-1).index_add_(0, at, -mass[row] * probs)
-        torch.mm(z, weight, out=d_states[begin: begin + CHUNK])
-        d_weight.addmm_(z.T, x)
+        low = z.to(dtype)
+        d_states[begin: begin + CHUNK] = low @ low_weight
+        d_weight += low.T @ low_states[begin: begin + CHUNK]
     return HeadLoss(hard, soft, d_states, d_weight)
 
 
@@ -269,6 +273,8 @@ class Trainer:
         self._parameters = dict(model.named_parameters())
         self._held = held(model)
         self._optimizer = Optimizer(self._parameters, muon=False)
+        self._dtype = product_dtype(model)
+        mixed(model.model.layers, self._dtype)
 
     @property
     def finished(self) -> bool:
@@ -324,7 +330,7 @@ class Trainer:
         states = self.model.model(input_ids=rows.ids, use_cache=False).last_hidden_state.flatten(0, 1)[rows.states]
         head = self.model.lm_head.weight
         with torch.no_grad():
-            loss = head_loss(states.detach(), head.detach(), rows, rows.weights / total_weight)
+            loss = head_loss(states.detach(), head.detach(), rows, rows.weights / total_weight, self._dtype)
         states.backward(loss.d_states)
         head.grad = loss.d_weight if head.grad is None else head.grad.add_(loss.d_weight)
         return loss

@@ -1,0 +1,98 @@
+"""What lies below an edit, computed once: arms that differ from a site on share the blocks below it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from undertow.subjects.sites import Site, hidden_of
+from undertow.subjects.subject import Subject
+
+MOST_BYTES = 1 << 30
+
+
+@final
+class Below:
+    """The activations that enter the rest of the model at `site`, by the pass's tokens, positions and mask.
+
+    While `shared()` is open, a pass of the subject that is like an earlier one begins at the site. The numbers are those of
+    the whole pass, to the bit. Passes with a key-value cache or with gradients are run whole. What is edited or read below
+    the site would not be seen: open it around passes that do neither.
+
+    Attributes:
+        hits: passes that began at the site.
+        misses: passes that were run whole and kept.
+    """
+
+    def __init__(self, subject: Subject, site: Site, most_bytes: int = MOST_BYTES) -> None:
+        self.hits = self.misses = 0
+        self._subject, self._most_bytes = subject, most_bytes
+        self._blocks = list(subject.blocks)[: site.layer + (site.kind == "resid_post")]
+        self._kept: OrderedDict[bytes, Any] = OrderedDict()  # the last used one last
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Share while the block runs."""
+        if not self._blocks or any("forward" in vars(block) for block in self._blocks):  # nothing below, or open already
+            yield
+            return
+        base = self._subject.hf_model.base_model
+        signature = inspect.signature(base.forward)
+        key: list[bytes | None] = [None]
+
+        def on_call(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            key[0] = _key(signature.bind_partial(*args, **kwargs).arguments)
+            if key[0] in self._kept:
+                self._kept.move_to_end(key[0])
+                self.hits += 1
+
+        hook = base.register_forward_pre_hook(on_call, with_kwargs=True)
+        try:
+            for block in self._blocks:
+                # An attribute of the instance, and not another module in its place, so that hooks on the block still run.
+                block.forward = self._wrapped(block.forward, key, block is self._blocks[-1])
+            yield
+        finally:
+            hook.remove()
+            for block in self._blocks:
+                vars(block).pop("forward", None)
+
+    def _wrapped(self, forward: Callable[..., Any], key: list[bytes | None], last: bool) -> Callable[..., Any]:
+        def shared_forward(*args: Any, **kwargs: Any) -> Any:
+            if key[0] in self._kept:
+                return self._kept[key[0]]  # every block gives what the last one gave: only that is read
+            made = forward(*args, **kwargs)
+            if last and key[0] is not None:
+                self.misses += 1
+                self._keep(key[0], made)
+            return made
+
+        return shared_forward
+
+    def _keep(self, key: bytes, made: Any) -> None:
+        self._kept[key] = made
+        size = sum(hidden_of(value).nbytes for value in self._kept.values())
+        while size > self._most_bytes and len(self._kept) > 1:
+            size -= hidden_of(self._kept.popitem(last=False)[1]).nbytes
+
+
+def _key(call: dict[str, Any]) -> bytes | None:
+    """What a pass depends on, or None for one that cannot be shared."""
+    cached = call.get("past_key_values") is not None or call.get("use_cache") is not False
+    if call.get("input_ids") is None or cached or torch.is_grad_enabled():
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("input_ids", "position_ids", "attention_mask"):
+        value = call.get(name)
+        digest.update(f"{name}{tuple(value.shape) if isinstance(value, Tensor) else value}".encode())
+        if isinstance(value, Tensor):
+            digest.update(value.contiguous().view(torch.uint8).numpy(force=True).data if value.dtype != torch.bool
+                          else value.numpy(force=True).tobytes())
+    return digest.digest()
