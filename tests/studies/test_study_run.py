@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -23,6 +24,7 @@ from undertow.studies.engine import LOCK, Watch, run_study
 from undertow.studies.ledger import ROWS, STUDY, open_ledger
 from undertow.studies.spec import StudySpec
 from undertow.studies.trials import trials_of
+from undertow.subjects.sharing import Below
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"stories": 10, "few": 5, "sampled": 10, "texts": 8, "ordinary": 8, "chunk": 5}
@@ -73,6 +75,23 @@ def test_chunks_do_not_change_what_is_measured(model: Path, tmp_path: Path) -> N
     first, second = by_story(tmp_path / "five"), by_story(tmp_path / "three")
     assert first.keys() == second.keys()
     assert list(first.values()) == pytest.approx([second[key] for key in first], abs=1e-3)
+
+
+def test_arms_share_what_lies_below_the_site(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, made = study(model, arms=["stranger", "L1", "L2"], measures=["choice", "sameness"]), []
+
+    class Counted(Below):  # pyright: ignore[reportGeneralTypeIssues]
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(engine, "Below", Counted)
+    run_study(spec, tmp_path / "shared")
+    assert len(made) == 1
+    assert made[0].hits > 0
+    monkeypatch.setattr(Below, "shared", lambda _self: contextlib.nullcontext())
+    run_study(spec, tmp_path / "apart")
+    assert values(tmp_path / "shared") == values(tmp_path / "apart")
 
 
 def test_all_measures_of_prompt_arms(model: Path, tmp_path: Path) -> None:
