@@ -34,7 +34,6 @@ from undertow.subjects.organisms.adapt_run import WEIGHTS, write_adapter
 from undertow.subjects.organisms.adapting import AdaptSpec
 from undertow.subjects.organisms.lora import AdaptedModel
 from undertow.subjects.organisms.measuring import tokens_of
-from undertow.subjects.organisms.products import product_dtype
 from undertow.subjects.padding import pad
 from undertow.subjects.subject import Subject
 
@@ -114,7 +113,7 @@ def adapted(subject: Subject, teller: Teller, arm: str, place: Path,
 def train(subject: Subject, lessons: Sequence[Lesson], spec: AdapterSpec, seed: int,
           progress: Callable[[int, int], None]) -> tuple[AdaptedModel, int]:
     """An adapter after one pass over the lessons, in their order, and the tokens that it saw. `subject` is not altered."""
-    model = AdaptedModel(copy.deepcopy(subject.hf_model), 0, spec.rank, seed, product_dtype(subject.hf_model))
+    model = AdaptedModel(copy.deepcopy(subject.hf_model), 0, spec.rank, seed)
     optimizer = torch.optim.AdamW(model.parameters().values(), lr=spec.lr, weight_decay=0.0)
     seen = 0
     for step in range(spec.steps):
