@@ -141,11 +141,11 @@ def floors(bench: Bench, trial: Trial, window: WindowRule = "everywhere", name: 
 
 def answers(bench: Bench, recipe: Recipe | None, questions: Sequence[Question]) -> list[Answer]:
     """Act probabilities under a recipe; None: of the untouched subject."""
-    if recipe is None:
-        with bench.below.shared():
+    with bench.below.shared():
+        if recipe is None:
             return ask(bench.subject, questions)
-    with bench.below.shared(), apply(recipe, bench.subject, bench.dictionary) as operated:
-        return ask(bench.subject, questions, announce=operated.announce)
+        with apply(recipe, bench.subject, bench.dictionary) as operated:
+            return ask(bench.subject, questions, announce=operated.announce)
 
 
 @final

@@ -80,12 +80,11 @@ def test_chunks_do_not_change_what_is_measured(model: Path, tmp_path: Path) -> N
 def test_arms_share_what_lies_below_the_site(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, made = study(model, arms=["stranger", "L1", "L2"], measures=["choice", "sameness"]), []
 
-    class Counted(Below):  # pyright: ignore[reportGeneralTypeIssues]
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            made.append(self)
+    def kept(*args: Any) -> Below:
+        made.append(Below(*args))
+        return made[-1]
 
-    monkeypatch.setattr(engine, "Below", Counted)
+    monkeypatch.setattr(engine, "Below", kept)
     run_study(spec, tmp_path / "shared")
     assert len(made) == 1
     assert made[0].hits > 0
