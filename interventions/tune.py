@@ -1,17 +1,17 @@
-"""Choosing a set of features and its dose together, by what the whole operation does, within limits on ordinary text.
+"""A set of features, its gate and its dose: what the whole operation does, within limits on ordinary text.
 
 Features are put on a floor: f′ = max(f, dose · w · h), h being how active the latent typically is where it fires and w its
 weight in the set, where a gate is open: a trigger has fired at some of the last tokens. So the operation waits for its
-situation, and then stays. Sets and gates are proposed by what they move at what cost (`features.balance`). For every one the
-largest of DOSES is looked for at which ordinary text stays the same (limits on KL), and it and smaller ones are judged by
-P(costly act) on development situations: its mean with the operation on throughout and with it off from the decision on, so that
-what is chosen is carried by the model, not written at the decision, and does not break the sentence that tells the act.
+situation, and then stays. The largest of DOSES is looked for at which ordinary text stays the same (limits on KL). A dose is
+judged by P(costly act) on development situations: its mean with the operation on throughout and with it off from the decision
+on, so that what is chosen is carried by the model, not written at the decision, and does not break the sentence that tells the
+act. Which sets and gates are tried: `interventions.choosing`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, final
 
 import numpy as np
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from features.balance import Slopes, balance, balanced
+from features.balance import Slopes
 from features.carried import Levels
 from features.concepts import Situation
 from interventions.applying import apply
@@ -31,13 +31,11 @@ from undertow.core.spec import Spec
 from undertow.subjects.organisms.measuring import Answer, Question, ask, worded
 from undertow.subjects.sharing import Below
 from undertow.subjects.sites import Site
-from undertow.subjects.splicing import Memory
 from undertow.subjects.subject import Subject
 
 _STEP = 1.04
 _SURE, _RESAMPLES = 0.8, 100
 DOSES = tuple(round(0.1 * _STEP ** i, 4) for i in range(80))  # 0.1 to 2.2
-Progress = Callable[[str, int, int], None]
 
 
 @final
@@ -51,7 +49,7 @@ class TuneSpec(Spec):
         size: features in a set, at most.
         gates: each is tried: the price of acting on ordinary text (`balance.trigger_of`), and the gate's memory, at how many of
             how many tokens the trigger must have fired.
-        factors: of its largest dose, at which a set is judged too.
+        factors, fine: of its largest dose, at which a proposed set, or the refined one, is judged too.
         min_open: share of ordinary tokens at which a gate must be open: of one that never is, the limits would say nothing.
         pool: features of the largest attribution that sets are made of.
     """
@@ -59,10 +57,26 @@ class TuneSpec(Spec):
     kl_mean: float = Field(default=0.0095, gt=0)
     kl_p99: float = Field(default=0.1, gt=0)
     size: int = Field(default=32, ge=1)
-    gates: tuple[tuple[float, int, int], ...] = Field(default=((3.0, 2, 8), (3.0, 3, 16), (6.0, 3, 16)), min_length=1)
-    factors: tuple[float, ...] = (0.8, 0.6)
+    gates: tuple[tuple[float, int, int], ...] = Field(default=((3.0, 2, 8), (3.0, 3, 16)), min_length=1)
+    factors: tuple[float, ...] = (0.8,)
+    fine: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)
     min_open: float = Field(default=0.003, ge=0, le=1)
     pool: int = Field(default=64, ge=1)
+
+
+@final
+class Lessons(NamedTuple):
+    """What weights are refined on, apart from what they are judged on.
+
+    Attributes:
+        questions: discovery situations.
+        texts: ordinary texts, as token ids.
+        untouched: logits of the untouched subject after their tokens.
+    """
+
+    questions: list[Question]
+    texts: list[list[int]]
+    untouched: list[Float[Tensor, "_ vocab"]]
 
 
 @final
@@ -78,6 +92,7 @@ class Bench(NamedTuple):
         texts: development texts without a decision, as token ids.
         untouched: logits of the untouched subject after their tokens (`logits_after`).
         below: what is computed of them below the site, once for all recipes.
+        lessons: other situations and texts, for refining.
     """
 
     subject: Subject
@@ -90,6 +105,7 @@ class Bench(NamedTuple):
     texts: list[list[int]]
     untouched: list[Float[Tensor, "_ vocab"]]
     below: Below
+    lessons: Lessons
 
 
 @final
@@ -161,11 +177,16 @@ def sameness(bench: Bench, recipe: Recipe) -> Same:
     """How far ordinary text is from what it was."""
     with bench.below.shared(), apply(recipe, bench.subject, bench.dictionary) as operated:
         kl = kl_after(bench.untouched, logits_after(operated.subject, bench.texts))
-    texts = np.split(kl, np.cumsum([len(logits) for logits in bench.untouched])[:-1])
+    return same(np.split(kl, np.cumsum([len(logits) for logits in bench.untouched])[:-1]))
+
+
+def same(texts: Sequence[Float[np.ndarray, "_"]]) -> Same:
+    """The figures of the KL after every token of some texts."""
     rng = np.random.default_rng(0)  # the same draws for every recipe, so that recipes are compared on the same resamples
     drawn = [np.quantile(np.concatenate([texts[i] for i in rng.integers(0, len(texts), len(texts))]), 0.99)
              for _ in range(_RESAMPLES)]
-    return Same(float(kl.mean()), float(np.quantile(kl, 0.99)), float(np.quantile(drawn, _SURE)))
+    whole = np.concatenate(texts)
+    return Same(float(whole.mean()), float(np.quantile(whole, 0.99)), float(np.quantile(drawn, _SURE)))
 
 
 def largest_dose(bench: Bench, trial: Trial, spec: TuneSpec) -> Trial | None:
@@ -194,35 +215,6 @@ def largest_dose(bench: Bench, trial: Trial, spec: TuneSpec) -> Trial | None:
 def mean_d(answered: Sequence[Answer], costly: str, keep: str) -> float:
     """Mean of D = log p(costly) − log p(keep), nats."""
     return float(np.mean([answer.log_ratio(costly, keep) for answer in answered]))
-
-
-def choose(bench: Bench, pool: Sequence[int], acts: tuple[str, str], spec: TuneSpec,
-           progress: Progress = lambda phase, done, total: None) -> list[Trial]:
-    """Every set and gate that was tried, at every dose that was judged, the best last; empty if no dose of any is within the
-    limits.
-
-    Args:
-        bench: what to work on.
-        pool: candidates, best first; the first `spec.pool` are used.
-        acts: the costly and the keeping act.
-        spec: limits.
-        progress: called with ("select", gates tried, of how many).
-    """
-    if not pool:
-        return []
-    made = balance(bench.dictionary, bench.slopes, pool[: spec.pool], bench.known)
-    trials: list[Trial] = []
-    for done, (price, at_least, within) in enumerate(spec.gates, start=1):
-        found = balanced(made, price, Memory(at_least, within), spec.size)
-        if found.latents and found.open_share >= spec.min_open:
-            unknown = float("nan")
-            proposed = Trial(found.latents, found.trigger, 1.0, unknown, unknown, unknown, unknown, found.weights, at_least,
-                             within)
-            largest = largest_dose(bench, proposed, spec)
-            if largest is not None:
-                trials += [judged(bench, largest, acts), *response(bench, largest, acts, spec.factors)]
-        progress("select", done, len(spec.gates))
-    return sorted(trials, key=lambda trial: trial.acts)
 
 
 def judged(bench: Bench, trial: Trial, acts: tuple[str, str]) -> Trial:

@@ -44,6 +44,7 @@ from undertow.subjects.organisms.measuring import (
     ask,
     chat_question,
     d_of,
+    log_masses,
     sentence_ends,
     story_nats,
 )
@@ -93,6 +94,18 @@ def test_packed_scores_are_those_of_one_wording_at_a_time(any_subject: Subject, 
     for question, answer in zip(questions, ask(any_subject, questions, batch_tokens=120), strict=True):
         for option, mass in by_hand(any_subject, question).items():
             assert answer.log_mass[option] == pytest.approx(mass, abs=1e-5)
+
+
+@settings(max_examples=15)
+@given(st.lists(QUESTIONS, min_size=1, max_size=4))
+def test_masses_with_gradients_are_those_of_answers(any_subject: Subject, questions: list[Question]) -> None:
+    announced: list[int] = []
+    found = {place: masses for batch in log_masses(any_subject, questions, announced.append, batch_tokens=120)
+             for place, masses in batch.items()}
+    assert sorted(found) == list(range(len(questions)))
+    assert max(announced) == max(len(question.prompt) for question in questions) - 1
+    for place, answer in enumerate(ask(any_subject, questions, batch_tokens=120)):
+        assert {option: float(mass) for option, mass in found[place].items()} == pytest.approx(answer.log_mass, abs=1e-5)
 
 
 def test_wordings_that_begin_alike_share_their_tokens() -> None:

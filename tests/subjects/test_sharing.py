@@ -81,7 +81,7 @@ def test_other_tokens_positions_and_masks_are_other_passes(subject: Subject) -> 
     assert (below.misses, below.hits) == (4, 4)
 
 
-def test_gradients_and_caches_are_run_whole(subject: Subject, ran: Counter[int]) -> None:
+def test_caches_and_gradients_of_the_subject_itself_are_run_whole(subject: Subject, ran: Counter[int]) -> None:
     below = Below(subject, subject.site("blocks.1.hook_resid_post"))
     embedding = subject.hf_model.get_input_embeddings()
     with below.shared():
@@ -91,11 +91,37 @@ def test_gradients_and_caches_are_run_whole(subject: Subject, ran: Counter[int])
             x = embedding(TOKENS).detach().requires_grad_()
             subject.hf_model(inputs_embeds=x, use_cache=False).logits.sum().backward()
             assert x.grad is not None and bool((x.grad != 0).any())
-            subject.hf_model(input_ids=TOKENS, use_cache=False)
+            weight = next(iter(subject.blocks[0].parameters())).requires_grad_()
+            try:
+                subject.hf_model(input_ids=TOKENS, use_cache=False).logits.sum().backward()
+                assert weight.grad is not None and bool((weight.grad != 0).any())
+            finally:
+                weight.requires_grad_(False).grad = None
         with torch.inference_mode():
             subject.hf_model(input_ids=TOKENS, past_key_values=DynamicCache(), use_cache=True)
     assert [ran[i] for i in range(3)] == [3, 3, 3]
     assert (below.misses, below.hits) == (1, 0)
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.enable_grad])
+def test_gradients_by_an_edit_are_those_of_the_whole_pass(subject: Subject, ran: Counter[int], first: Any) -> None:
+    site = subject.site("blocks.1.hook_resid_post")
+    below, added = Below(subject, site), torch.full((subject.d_model,), 0.1, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        with torch.enable_grad(), splice(subject, site, lambda x, editable: EditResult(added.expand_as(x), editable)):
+            said = subject.hf_model(input_ids=TOKENS, use_cache=False).logits.log_softmax(dim=-1)[..., 3].sum()
+        return torch.autograd.grad(said, added)[0]
+
+    whole = gradient()
+    with below.shared():
+        with first():
+            subject.hf_model(input_ids=TOKENS, use_cache=False)
+        ran.clear()
+        assert torch.equal(gradient(), whole)
+        assert torch.equal(gradient(), whole)
+    assert [ran[i] for i in range(3)] == [0, 0, 2]
+    assert bool((whole != 0).any())
 
 
 def test_nothing_is_left_behind(subject: Subject, ran: Counter[int]) -> None:

@@ -6,6 +6,7 @@ Everything that a figure of the summary rests on is measured here, on stories th
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, final
@@ -24,10 +25,11 @@ from features.lexical import LexicalGate, bag_of_words_gate, refuse_lexical, shu
 from features.naming import word_tokens
 from interventions.applying import apply
 from interventions.audit import logits_after
+from interventions.choosing import choose
 from interventions.guard import LexiconProcessor
 from interventions.guarding import under_guard
 from interventions.recipe import Recipe
-from interventions.tune import Bench, Trial, TuneSpec, choose, question
+from interventions.tune import Bench, Lessons, Trial, TuneSpec, answers, question
 from interventions.verdict import Verdict
 from sae.dictionary import Dictionary
 from undertow.core.errors import SpecError
@@ -53,7 +55,8 @@ _BATCH = 50
 _LEVEL = 0.01
 _ALIKE = 60  # latents among which matched random sets are drawn, for each one chosen
 _LEXICAL_FEATURES, _LEXICAL_TEXTS = 64, 12
-SAMENESS, _SLOPED = 6, 2  # texts on which KL is measured, and of the search's gradients, per text on which hazard is
+SAMENESS, _LESSONS, _SLOPED = 6, 3, 2  # texts on which KL is measured, sets are refined, and proposed: for each one of hazard
+_SHORT = 0.15  # of the way to the state that is imitated: what the search may leave undone
 
 
 @final
@@ -210,18 +213,30 @@ def find(setting: Setting, site_name: str) -> Found:
                              lambda done, total: setting.progress("attribute", done, total))
     attribution = attribution_of(dictionary, slopes, known)
     pool = [int(i) for i in np.argsort(-attribution, kind="stable") if attribution[i] > 0]
-    bodies = [subject.encode(body(setting.world.story(stream, i, QUIET))) for i in range((SAMENESS + _SLOPED) * spec.texts)]
-    texts, few = bodies[: SAMENESS * spec.texts], bodies[SAMENESS * spec.texts:]  # a dose is limited by other texts
+    sizes = SAMENESS * spec.texts, _LESSONS * spec.texts, _SLOPED * spec.texts
+    bodies = [subject.encode(body(setting.world.story(stream, i, QUIET))) for i in range(sum(sizes))]
+    texts, others, few = (bodies[end - size: end] for size, end in zip(sizes, np.cumsum(sizes), strict=True))
     tokens = word_tokens(subject, setting.concept.lexicon.only(languages=LANGUAGES))
     gradients = Slopes(slopes, drawn_slopes(subject, site, few, derive_seed(spec.seed, "drawn")),
                        word_slopes(subject, site, few, tokens))
     place = {"subject": subject.digest, "sae": dictionary_digest(dictionary), "site": site.name}
     questions = [question(subject, one) for one in setting.situations("development", spec.development)]
+    discovered = [question(subject, one) for one in setting.situations("discovery", spec.discovery)]
     below = Below(subject, site)
     with below.shared():
-        untouched = logits_after(subject, texts)
-    bench = Bench(subject, dictionary, site, place, known, gradients, questions, texts, untouched, below)
-    return Found(bench, attribution, choose(bench, pool, ACTS, TuneSpec(), setting.progress))
+        untouched, untouched_others = logits_after(subject, texts), logits_after(subject, others)
+    bench = Bench(subject, dictionary, site, place, known, gradients, questions, texts, untouched, below,
+                  Lessons(discovered, others, untouched_others))
+    return Found(bench, attribution, choose(bench, pool, ACTS, TuneSpec(), _wanted(setting, bench), setting.progress))
+
+
+def _wanted(setting: Setting, bench: Bench) -> float:
+    """P(costly act) to aim at: that of the other side of the development pairs, less _SHORT of the way from this one."""
+    pairs = setting.concept.pairs("development", setting.spec.development)
+    other = [question(setting.subject, pair.positive if setting.acted_on == "negative" else pair.negative) for pair in pairs]
+    low, high = (float(np.mean([math.exp(answer.log_mass[COSTLY_ACT]) for answer in answers(bench, None, asked)]))
+                 for asked in (bench.questions, other))
+    return high - _SHORT * (high - low) if high > low else math.inf
 
 
 def random_sets(chosen: Trial, known: Levels, n: int, seed: int) -> list[tuple[int, ...]]:

@@ -23,8 +23,8 @@ class Below:
     """The activations that enter the rest of the model at `site`, by the pass's tokens, positions and mask.
 
     While `shared()` is open, a pass of the subject that is like an earlier one begins at the site. The numbers are those of
-    the whole pass, to the bit. Passes with a key-value cache or with gradients are run whole. What is edited or read below
-    the site would not be seen: open it around passes that do neither.
+    the whole pass, to the bit. Passes with a key-value cache, or with gradients of the subject's own parameters, are run
+    whole. What is edited or read below the site would not be seen: open it around passes that do neither.
 
     Attributes:
         hits: passes that began at the site.
@@ -48,7 +48,8 @@ class Below:
         key: list[bytes | None] = [None]
 
         def on_call(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            key[0] = _key(signature.bind_partial(*args, **kwargs).arguments)
+            trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in base.parameters())
+            key[0] = None if trained else _key(signature.bind_partial(*args, **kwargs).arguments)
             if key[0] in self._kept:
                 self._kept.move_to_end(key[0])
                 self.hits += 1
@@ -67,7 +68,7 @@ class Below:
     def _wrapped(self, forward: Callable[..., Any], key: list[bytes | None], last: bool) -> Callable[..., Any]:
         def shared_forward(*args: Any, **kwargs: Any) -> Any:
             if key[0] in self._kept:
-                return self._kept[key[0]]  # every block gives what the last one gave: only that is read
+                return _outside_inference(self._kept[key[0]])  # every block gives what the last one gave: only that is read
             made = forward(*args, **kwargs)
             if last and key[0] is not None:
                 self.misses += 1
@@ -86,7 +87,7 @@ class Below:
 def _key(call: dict[str, Any]) -> bytes | None:
     """What a pass depends on, or None for one that cannot be shared."""
     cached = call.get("past_key_values") is not None or call.get("use_cache") is not False
-    if call.get("input_ids") is None or cached or torch.is_grad_enabled():
+    if call.get("input_ids") is None or cached:
         return None
     digest = hashlib.blake2b(digest_size=16)
     for name in ("input_ids", "position_ids", "attention_mask"):
@@ -96,3 +97,11 @@ def _key(call: dict[str, Any]) -> bytes | None:
             digest.update(value.contiguous().view(torch.uint8).numpy(force=True).data if value.dtype != torch.bool
                           else value.numpy(force=True).tobytes())
     return digest.digest()
+
+
+def _outside_inference(kept: Any) -> Any:
+    """What was kept, as autograd takes it: a tensor made in inference mode cannot be saved for a backward pass."""
+    hidden = hidden_of(kept)
+    if not hidden.is_inference() or torch.is_inference_mode_enabled():
+        return kept
+    return hidden.clone() if isinstance(kept, Tensor) else (hidden.clone(), *kept[1:])

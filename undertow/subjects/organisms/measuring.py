@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast, final
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from undertow.core.errors import TextError
@@ -139,21 +139,43 @@ def ask(subject: Subject, questions: Sequence[Question], progress: Progress = la
     if not questions:
         return []
     announce(len(questions[0].prompt) - 1)
-    packed = _packing_is_exact(subject, questions[0])
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
+    packed = packs(subject, questions[0])
     answers: dict[int, Answer] = {}
-    at = 0
-    while at < len(order):
-        trees = [_Tree(questions[order[at]])]
-        while packed and at + len(trees) < len(order) and _area(trees, questions[order[at + len(trees)]]) <= batch_tokens:
-            trees.append(_Tree(questions[order[at + len(trees)]]))
+    for batch, trees in _batches(questions, batch_tokens if packed else 0):
         announce(max(len(tree.prompt) for tree in trees) - 1)
-        masses = _packed(subject, trees) if packed else [_plain(subject, questions[order[at]])]
-        for mass in masses:
-            answers[order[at]] = mass
-            at += 1
-        progress(at, len(order))
+        answers |= zip(batch, _packed(subject, trees) if packed else [_plain(subject, questions[batch[0]])], strict=True)
+        progress(len(answers), len(questions))
     return [answers[i] for i in range(len(questions))]
+
+
+def log_masses(subject: Subject, questions: Sequence[Question], announce: Announce = lambda column: None,
+               batch_tokens: int = 4_096) -> Iterator[dict[int, dict[str, Float64[Tensor, ""]]]]:
+    """What `ask` answers, as tensors through which gradients run: batch by batch, by a question's place in `questions`.
+
+    Only for a subject that `packs`.
+    """
+    for batch, trees in _batches(questions, batch_tokens):
+        announce(max(len(tree.prompt) for tree in trees) - 1)
+        answered = {}
+        for place, tree, steps in zip(batch, trees, _steps(subject, trees), strict=True):
+            sums = torch.stack([part.sum() for part in steps.double().split([len(path) for path in tree.paths])])
+            groups = sums.split([len(group) for group in tree.question.options.values()])
+            answered[place] = {option: mass.logsumexp(0) for option, mass in zip(tree.question.options, groups, strict=True)}
+        yield answered
+
+
+def _batches(questions: Sequence[Question], batch_tokens: int) -> Iterator[tuple[list[int], list[_Tree]]]:
+    """Questions of like length together, at most `batch_tokens` tokens with padding, but one at least."""
+    batch: list[int] = []
+    trees: list[_Tree] = []
+    for i in sorted(range(len(questions)), key=lambda i: len(questions[i].prompt)):
+        if batch and _area(trees, questions[i]) > batch_tokens:
+            yield batch, trees
+            batch, trees = [], []
+        batch.append(i)
+        trees.append(_Tree(questions[i]))
+    if batch:
+        yield batch, trees
 
 
 def _area(trees: Sequence[_Tree], another: Question) -> int:
@@ -176,7 +198,8 @@ def _grouped(question: Question, log_probs: Sequence[float]) -> Answer:
     return Answer(masses)
 
 
-def _packing_is_exact(subject: Subject, question: Question) -> bool:
+def packs(subject: Subject, question: Question) -> bool:
+    """Whether the subject computes a packed row as it computes one wording at a time, on this question."""
     plain, packed = _plain(subject, question), _packed(subject, [_Tree(question)])[0]
     gap = max(abs(plain.log_mass[option] - packed.log_mass[option]) for option in question.options)
     if gap < _TOLERANCE_NATS:
@@ -229,22 +252,26 @@ class _Tree:
 
 
 def _packed(subject: Subject, trees: Sequence[_Tree]) -> list[Answer]:
+    with torch.inference_mode():
+        steps = _steps(subject, trees)
+    return [_grouped(tree.question, [part.double().sum().item()
+                                     for part in of.cpu().split([len(path) for path in tree.paths])])
+            for tree, of in zip(trees, steps, strict=True)]
+
+
+def _steps(subject: Subject, trees: Sequence[_Tree]) -> list[Float[Tensor, "step"]]:
+    """log p of every token of every path of each tree, one path after another."""
     prompt, inner = max(len(tree.prompt) for tree in trees), max(len(tree.inputs) for tree in trees)
     tokens, positions, sees = _rows(trees, prompt, inner, subject.bos_id or 0)
     mask = torch.zeros(sees.shape, dtype=subject.hf_model.dtype).masked_fill(~sees, torch.finfo(subject.hf_model.dtype).min)
-    with torch.inference_mode():
-        logits = subject.hf_model(input_ids=tokens.to(subject.device), position_ids=positions.to(subject.device),
-                                  attention_mask=mask[:, None].to(subject.device), use_cache=False,
-                                  logits_to_keep=inner + 1).logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        norm = logits.logsumexp(dim=-1)
-    answers = []
-    for row, tree in enumerate(trees):
-        at = torch.tensor([step for path in tree.paths for step in path], device=logits.device)
-        steps = logits[row, at[:, 0], at[:, 1]] - norm[row, at[:, 0]]
-        sums = [part.double().sum().item() for part in steps.cpu().split([len(path) for path in tree.paths])]
-        answers.append(_grouped(tree.question, sums))
-    return answers
+    logits = subject.hf_model(input_ids=tokens.to(subject.device), position_ids=positions.to(subject.device),
+                              attention_mask=mask[:, None].to(subject.device), use_cache=False,
+                              logits_to_keep=inner + 1).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    at = torch.tensor([(row, *step) for row, tree in enumerate(trees) for path in tree.paths for step in path],
+                      device=logits.device)  # read at once, so that a backward pass fills one tensor and not one a row
+    read = logits[at[:, 0], at[:, 1], at[:, 2]] - logits.logsumexp(dim=-1)[at[:, 0], at[:, 1]]
+    return list(read.split([sum(map(len, tree.paths)) for tree in trees]))
 
 
 def _rows(trees: Sequence[_Tree], prompt: int, inner: int, filler: int,
