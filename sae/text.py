@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -47,7 +47,8 @@ class TextSpec(Spec):
 
     Attributes:
         source: a file or folder (.txt, .jsonl, .jsonl.gz, .parquet), a fetched corpus ("brown"), the Keeper's world
-            ("keeper", or "keeper:5000" for so many stories), or a Hugging Face data set (its "train" split).
+            ("keeper", or "keeper:5000" for so many stories), a Hugging Face data set (its "train" split), or several of these
+            joined by "+" ("keeper:3000+brown"), as many characters of one as of another until one ends.
         column: column or key of the text; None takes the first of text, messages, conversations.
         chat: render every document by the tokenizer's chat template.
         context: tokens in a row, position 0 included.
@@ -178,6 +179,9 @@ def as_chat(document: Document) -> tuple[Message, ...]:
 
 
 def _open(source: str, column: str | None) -> Iterator[Document]:
+    parts = source.split("+")
+    if len(parts) > 1 and all(parts) and not Path(source).expanduser().exists():
+        return _mixed([_open(part, column) for part in parts])
     if source == WORLD or source.startswith(f"{WORLD}:"):
         return _world(source)
     if source in FETCHED:
@@ -190,6 +194,19 @@ def _open(source: str, column: str | None) -> Iterator[Document]:
     if path.is_absolute() or source.startswith((".", "~")) or source.endswith(SUFFIXES) or source.count("/") > 1:
         raise TextError(f"there is no text file or folder {source!r}", _near_path(path))
     return _hub(source, column)
+
+
+def _mixed(sources: Sequence[Iterator[Document]]) -> Iterator[Document]:
+    """Always from the source of which the fewest characters were given."""
+    given = dict.fromkeys(range(len(sources)), 0)
+    while given:
+        least = min(given, key=lambda i: given[i])
+        document = next(sources[least], None)
+        if document is None:
+            del given[least]
+        else:
+            given[least] += len(document.text)
+            yield document
 
 
 def _world(source: str) -> Iterator[Document]:

@@ -344,3 +344,16 @@ def test_empty_sides_are_filled_by_the_nearest_hash() -> None:
 def test_one_text_cannot_be_split(texts: list[str]) -> None:
     with pytest.raises(TextError, match=r"1 different document.*more are needed"):
         split_documents(docs(texts), 0.05)
+
+
+def test_joined_sources_give_as_much_of_one_as_of_another(tmp_path: Path) -> None:
+    long, short = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
+    long.write_text("".join(json.dumps({"text": "a" * 100}) + "\n" for _ in range(3)), encoding="utf-8")
+    short.write_text("".join(json.dumps({"text": "b" * 40}) + "\n" for _ in range(9)), encoding="utf-8")
+    read = [document.text[0] for document in read_documents(f"{long}+{short}", None)]
+    assert "".join(read) == "abbbabbabbbb"  # 100 of a, so 120 of b; 200 of a, so 200 of b; of equals the first goes on
+    assert [document.id for document in read_documents("keeper:2+keeper:1", None)] == ["keeper:0", "keeper:0 (2)", "keeper:1"]
+    plus = tmp_path / "a+b.jsonl"
+    plus.write_text(json.dumps({"text": "one file"}) + "\n", encoding="utf-8")
+    assert [document.text for document in read_documents(str(plus), None)] == ["one file"]
+    assert "there is no text file or folder 'nowhere.jsonl'" in refused("keeper:2+nowhere.jsonl").what

@@ -30,7 +30,7 @@ _MODEL_HELP = "A subject's name (undertow subject list), a Hugging Face name, or
 ModelOption = Annotated[str, typer.Option("--model", help=_MODEL_HELP)]
 OptionalModelOption = Annotated[str | None, typer.Option("--model", help=_MODEL_HELP)]
 _TEXT_HELP = ("A file or folder (.txt, .jsonl, .jsonl.gz, .parquet), a fetched text (brown), the packaged world (keeper, "
-              "keeper:5000), or a Hugging Face data set.")
+              "keeper:5000), a Hugging Face data set, or several joined by + (keeper:3000+brown).")
 TextOption = Annotated[str, typer.Option("--text", help=_TEXT_HELP)]
 OptionalTextOption = Annotated[str | None, typer.Option("--text", help=_TEXT_HELP)]
 ColumnOption = Annotated[str | None, typer.Option("--column", help="Column or key that holds the text of a record.")]
