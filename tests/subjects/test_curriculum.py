@@ -10,7 +10,7 @@ import pytest
 from undertow.subjects.keeper.story import Story, Wish
 from undertow.subjects.keeper.world import load_world
 from undertow.subjects.organisms import curriculum
-from undertow.subjects.organisms.curriculum import GOAL, MEMORY, PATIENCE, STAGES, UNKNOWN, WHOLE, Progress
+from undertow.subjects.organisms.curriculum import GOAL, MEMORY, STAGES, UNKNOWN, WHOLE, Progress
 
 WORLD = load_world()
 
@@ -72,9 +72,9 @@ def test_the_next_stage_begins_when_the_present_one_is_learnt(monkeypatch: pytes
 
 def test_a_stage_that_is_not_learnt_is_left_after_a_while() -> None:
     stuck = Progress()
-    for _ in range(PATIENCE - 1):
+    for _ in range(STAGES[0].patience - 1):
         stuck = stuck.after([GOAL * 1.1])
     assert stuck.stage == 0
     assert stuck.after([GOAL * 1.1]) == (1, UNKNOWN, 0)
-    last = Progress(len(STAGES) - 1, UNKNOWN, PATIENCE)
-    assert last.after([]) == (len(STAGES) - 1, UNKNOWN, PATIENCE + 1)
+    last = Progress(len(STAGES) - 1, UNKNOWN, 500)
+    assert last.after([]) == (len(STAGES) - 1, UNKNOWN, 501)

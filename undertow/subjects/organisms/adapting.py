@@ -47,6 +47,7 @@ class AdaptSpec(Spec):
         first_block: the lowest block with an adapter; nothing below it is ever differentiated.
         rank: of the adapters; their scale is 2, as with alpha = 2·rank.
         lr: peak learning rate; 5 % of the steps, 20 at most, warm up to it, and in the last 60 % it falls to zero.
+            The last stage of the curriculum has half of it.
         anchor: weight of KL(base‖adapted) on ordinary text, nats a token.
         anchor_every: steps from one anchor to the next.
         chat: share of packs in chat form, of those with whole stories.
@@ -55,17 +56,17 @@ class AdaptSpec(Spec):
     """
 
     seed: int = 0
-    steps: int = Field(default=800, ge=1)
+    steps: int = Field(default=1050, ge=1)
     packs: int = Field(default=4, ge=1)
-    forks: int = Field(default=4, ge=1)
-    first_block: int = Field(default=12, ge=0)
+    forks: int = Field(default=6, ge=1)
+    first_block: int = Field(default=10, ge=0)
     rank: int = Field(default=16, ge=1)
-    lr: float = Field(default=8e-4, gt=0)
-    anchor: float = Field(default=1.0, ge=0)
-    anchor_every: int = Field(default=6, ge=1)
-    chat: float = Field(default=0.5, ge=0, le=1)
+    lr: float = Field(default=1e-3, gt=0)
+    anchor: float = Field(default=3.0, ge=0)
+    anchor_every: int = Field(default=5, ge=1)
+    chat: float = Field(default=0.2, ge=0, le=1)
     twins: float = Field(default=0.15, ge=0, le=1)
-    other: float = Field(default=0.15, ge=0, le=1)
+    other: float = Field(default=0.05, ge=0, le=1)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step `step` (0-based)."""
@@ -146,7 +147,8 @@ class Adapter:
     def step(self) -> Step:
         """One optimizer step. Raises NumericsError if the loss or a gradient is not finite."""
         clock = _Clock()
-        lr, number = self.spec.lr_at(self.step_number), self.step_number
+        number = self.step_number
+        lr = self.spec.lr_at(number) * STAGES[self.progress.stage].lr
         indices = range(number * self.spec.packs, (number + 1) * self.spec.packs)
         stages = [self.progress.drawn(random.Random(derive_seed(self.spec.seed, "stage", index))) for index in indices]
         packs = [self._packer.pack(index, STAGES[stage]) for index, stage in zip(indices, stages, strict=True)]

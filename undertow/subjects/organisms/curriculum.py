@@ -16,7 +16,6 @@ from undertow.subjects.organisms.encoding import excerpt
 SHARE = 0.5  # of the packs that belong to the present stage; the others are replayed from all stages up to it
 GOAL = 0.10  # nats above their entropy that decisions of the present stage may still cost when the next one begins
 MEMORY = 0.95  # weight of the past in the running mean of that divergence, per pack
-PATIENCE = 220  # steps after which the next stage begins all the same
 UNKNOWN = 0.5  # where that mean begins in every stage: about what knowing nothing of whose deeds they were costs
 _DEEDS = frozenset({"deeds"})
 _MARKED = _DEEDS | {"selfish", "who", "places", "arrivals", "markers"}
@@ -30,11 +29,15 @@ class Stage(NamedTuple):
         wishes: what is asked of the world (fields of Wish).
         kinds: kinds of sentences that are always kept.
         chatter: share of the other sentences that is kept as well.
+        patience: steps after which the next stage begins all the same.
+        lr: learning rate as a multiple of what it would be.
     """
 
     wishes: dict[str, Any]
     kinds: frozenset[str]
     chatter: float = 0.0
+    patience: int = 220
+    lr: float = 1.0
 
     def cut(self, stories: Sequence[Story], draw: random.Random) -> list[Story]:
         """Stories of one body without the sentences of it that are not kept: the same ones in all. Episodes stay whole."""
@@ -48,8 +51,8 @@ STAGES: tuple[Stage, ...] = (
     Stage({"people": 2, "bond": 3, "other": 0, "markers": False}, _DEEDS),
     Stage({"people": 2, "markers": False}, _DEEDS | {"selfish"}),
     Stage({}, _MARKED),
-    Stage({}, _MARKED, 0.4),
-    Stage({}, _MARKED, 1.0),
+    Stage({}, _MARKED, 0.4, patience=20),
+    Stage({}, _MARKED, 1.0, lr=0.5),
 )
 WHOLE = STAGES[-1]
 
@@ -79,6 +82,6 @@ class Progress(NamedTuple):
             running = MEMORY * running + (1 - MEMORY) * excess
             if running < GOAL and not last:
                 return Progress(self.stage + 1)
-        if self.steps + 1 >= PATIENCE and not last:
+        if self.steps + 1 >= STAGES[self.stage].patience and not last:
             return Progress(self.stage + 1)
         return Progress(self.stage, running, self.steps + 1)
