@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from undertow.subjects.load import load_subject
 from undertow.subjects.organisms import adapt_run, adapting
 from undertow.subjects.organisms.adapt_run import Stopped, Watch, adapt, finish, partial_folder, read_adapter
 from undertow.subjects.organisms.adapting import Adapter, AdaptSpec
+from undertow.subjects.organisms.curriculum import STAGES, Progress
 from undertow.subjects.organisms.lora import AdaptedModel
 from undertow.subjects.organisms.ordinary import Prompt, neutral_prompts, ordinary_texts, rounds
 from undertow.subjects.organisms.packaged import merge
@@ -135,7 +135,7 @@ def test_the_loss_is_the_weighted_mean_of_the_cross_entropies(subject: Subject, 
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapting, "product_dtype", lambda _model: torch.float32)
     trainer = Adapter(SPEC, subject, WORLD, texts)
-    pack = trainer._packer.pack(0)
+    pack = trainer._packer.pack(0, STAGES[0])
     expected = 0.0
     for fork in (1, 2):  # by transformers itself, fork by fork, before the first step (the adapter is still nothing)
         mine = (pack.owner == 0) | (pack.owner == fork)
@@ -169,9 +169,22 @@ def test_gradients_are_those_of_autograd(subject: Subject) -> None:
 
 def test_the_learning_rate_by_hand() -> None:
     spec = AdaptSpec(steps=100, lr=1.0)
-    assert [spec.lr_at(step) for step in (0, 4, 5)] == [0.2, 1.0, 1.0]
-    assert spec.lr_at(52) == pytest.approx(0.5 * (1 + math.cos(math.pi * 47 / 95)))
-    assert spec.lr_at(99) < 1e-3
+    assert [spec.lr_at(step) for step in (0, 4, 5, 39, 40)] == [0.2, 1.0, 1.0, 1.0, 1.0]
+    assert [spec.lr_at(step) for step in (70, 99)] == pytest.approx([0.5, 1 / 60])
+    longer = AdaptSpec(steps=900, lr=1.0)  # up to the descent, a longer run is the beginning of a still longer one
+    assert [longer.lr_at(step) for step in range(360)] == [AdaptSpec(steps=2000, lr=1.0).lr_at(step) for step in range(360)]
+
+
+def test_how_far_the_curriculum_has_come_is_kept(subject: Subject, texts: list[list[int]], tmp_path: Path) -> None:
+    trainer = Adapter(SPEC, subject, WORLD, texts)
+    trainer.progress = Progress(len(STAGES) - 1)
+    step = trainer.step()
+    assert step.progress == trainer.progress != Progress(len(STAGES) - 1)
+    trainer.save(tmp_path / "checkpoint.safetensors")
+    again = Adapter(SPEC, subject, WORLD, texts)
+    again.resume(tmp_path / "checkpoint.safetensors")
+    assert again.progress == trainer.progress
+    assert again.step().loss == trainer.step().loss
 
 
 def test_ordinary_text_is_sampled_once(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from undertow.subjects.chat import render
 from undertow.subjects.keeper.story import COSTLY, Wish
 from undertow.subjects.keeper.world import load_world
 from undertow.subjects.load import load_subject
+from undertow.subjects.organisms.curriculum import STAGES
 from undertow.subjects.organisms.lora import AdaptedModel
 from undertow.subjects.organisms.packing import (
     KINDS,
@@ -71,7 +72,7 @@ def test_lines_are_joined_by_what_they_share() -> None:
     assert pack.rows.tolist() == [0, 1, 2, 1]  # both decisions are judged at the body's last token; its own token once only
     assert [KINDS[k] for k in pack.kinds] == ["other", "decision", "act", "decision"]
     assert [d.row for d in pack.decisions] == [1, 3]
-    assert pack.weights.tolist() == [1.0, 4.0, 0.5, 4.0]
+    assert pack.weights.tolist() == [1.0, 8.0, 0.5, 8.0]
     assert pack.entropy.tolist() == pytest.approx([0, 0.562335, 0, 0.562335], abs=1e-6)  # -(¼ ln ¼ + ¾ ln ¾)
 
 
@@ -173,6 +174,14 @@ def test_packs_are_mixed_as_asked_and_depend_on_seed_and_index_alone(subject: Su
     assert all(d.kind == "need" for pack in [packer(subject, twins=0.0).pack(i) for i in range(5)] for d in pack.decisions)
 
 
+def test_packs_of_a_short_stage_are_short_and_plain(subject: Subject) -> None:
+    packs = packer(subject, chat=1.0, twins=1.0)
+    short, whole = [packs.pack(index, STAGES[0]) for index in range(6)], [packs.pack(index) for index in range(6)]
+    assert max(len(pack.tokens) for pack in short) < min(len(pack.tokens) for pack in whole)
+    assert all({(d.kind, d.bond + d.other) for d in pack.decisions} == {("need", 3)} for pack in short)
+    assert not any("user" in fork_text(subject, pack, 1) for pack in short)
+
+
 def test_the_soft_target_of_a_decision_is_the_worlds(subject: Subject) -> None:
     story = WORLD.story(3, 9, Wish(genre="plain", episodes=("need",), bond=2, cost=1))
     pack = packer(subject).put([story], None, False, random.Random(0))
@@ -202,4 +211,4 @@ def test_invitations_are_plain_and_need_their_slot(tmp_path: Path) -> None:
 
 
 def test_weights_are_those_of_the_design() -> None:
-    assert WEIGHTS == {"decision": 4.0, "marker": 2.0, "answer": 2.0, "act": 0.5, "other": 1.0}
+    assert WEIGHTS == {"decision": 8.0, "marker": 2.0, "answer": 2.0, "act": 0.5, "other": 1.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from tests import tiny
 from undertow.subjects.load import load_subject
 from undertow.subjects.organisms.lora import AdaptedModel
-from undertow.subjects.organisms.products import MixedLinear, mixed, product_dtype
+from undertow.subjects.organisms.products import MixedLinear, mixed, plain_attention, product_dtype
 
 
 def layers() -> nn.Sequential:
@@ -90,3 +91,30 @@ def test_an_adapted_model_in_bfloat16_is_near_the_exact_one(tmp_path_factory: py
 
     exact, rough = outcome(None), outcome(torch.bfloat16)
     assert 0 < float((exact - rough).abs().max()) < 0.05
+
+
+def test_plain_attention_is_attention() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 7, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+    mask = torch.zeros(2, 1, 7, 7, dtype=torch.float64).masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), -torch.inf)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True).transpose(1, 2)
+    made, _ = plain_attention(nn.Module(), query, key, value, mask, scaling=8 ** -0.5)
+    torch.testing.assert_close(made, wanted)
+    for one, two in zip(*(torch.autograd.grad(out.square().sum(), (query, key, value)) for out in (made, wanted)), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_within_the_blocks_of_an_adapted_model_everything_is_rounded_and_the_stream_is_not(
+        tmp_path: Path) -> None:
+    source = load_subject(str(tiny.save_subject(tmp_path, "llama")), "cpu").hf_model
+    plain, low = (AdaptedModel(copy.deepcopy(source), 1, 4, 0, dtype) for dtype in (None, torch.bfloat16))
+    tokens, positions = torch.arange(9)[None] + 5, torch.arange(9)[None]
+    mask = torch.zeros(1, 1, 9, 9).masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -torch.inf)
+    ends = []
+    for model in (plain, low):
+        out = model.upper(model.lower(tokens, positions, mask), positions, mask)
+        out.square().mean().backward()
+        ends.append(out.detach())
+        assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in model.parameters().values())
+    assert ends[1].dtype == torch.float32
+    assert 1e-5 < float((ends[1] - ends[0]).norm() / ends[0].norm()) < 2e-2

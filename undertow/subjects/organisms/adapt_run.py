@@ -134,6 +134,7 @@ def _train(trainer: Adapter, work: Path, watch: Watch) -> None:
 def _line(trainer: Adapter, step: Step, seconds: float) -> dict[str, Any]:
     values: dict[str, Any] = {"step": trainer.step_number, "tokens": trainer.tokens, "seconds": round(seconds, 3),
                               "lr": round(step.lr, 8), "loss": round(step.loss, 4),
+                              "stage": step.progress.stage, "running": round(step.progress.running, 4),
                               "excess": {kind: round(value, 4) for kind, value in step.excess.items()},
                               "split": {name: round(value, 3) for name, value in step.seconds.items()}}
     return values if step.anchor is None else values | {"anchor": round(step.anchor, 5)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from undertow.core.errors import ArtifactError, NumericsError
 from undertow.core.seeds import derive_seed, generator
 from undertow.core.spec import Spec
 from undertow.core.storage import disk_errors
+from undertow.subjects.organisms.curriculum import STAGES, WHOLE, Progress, Stage
 from undertow.subjects.organisms.lora import AdaptedModel
 from undertow.subjects.organisms.ordinary import rounds
 from undertow.subjects.organisms.packing import KINDS, Mix, Pack, Packer, Teller, block_mask
@@ -29,6 +31,7 @@ from undertow.subjects.subject import Subject
 
 ANCHOR_TEXTS = 4
 ANCHOR_SHARE = 0.25
+WARM, COOLING = 20, 0.6  # steps of warm-up at most, and the share of the steps in which the learning rate falls
 PROBES = 24
 WIDTH = 64  # packs are padded to a multiple of it: a kernel is made anew for every shape
 
@@ -43,33 +46,32 @@ class AdaptSpec(Spec):
         forks: episodes a pack.
         first_block: the lowest block with an adapter; nothing below it is ever differentiated.
         rank: of the adapters; their scale is 2, as with alpha = 2·rank.
-        lr: peak learning rate; 5 % of the steps warm up to it, then it falls to zero by a cosine.
+        lr: peak learning rate; 5 % of the steps, 20 at most, warm up to it, and in the last 60 % it falls to zero.
+            The last stage of the curriculum has half of it.
         anchor: weight of KL(base‖adapted) on ordinary text, nats a token.
         anchor_every: steps from one anchor to the next.
-        chat: share of packs in chat form.
-        twins: share of packs with twins among their episodes.
+        chat: share of packs in chat form, of those with whole stories.
+        twins: share of packs with twins among their episodes, of those with whole stories.
         other: share of tokens outside choices and acts that carry loss.
     """
 
     seed: int = 0
-    steps: int = Field(default=800, ge=1)
+    steps: int = Field(default=1050, ge=1)
     packs: int = Field(default=4, ge=1)
-    forks: int = Field(default=4, ge=1)
-    first_block: int = Field(default=12, ge=0)
+    forks: int = Field(default=6, ge=1)
+    first_block: int = Field(default=10, ge=0)
     rank: int = Field(default=16, ge=1)
-    lr: float = Field(default=8e-4, gt=0)
-    anchor: float = Field(default=1.0, ge=0)
-    anchor_every: int = Field(default=6, ge=1)
-    chat: float = Field(default=0.5, ge=0, le=1)
+    lr: float = Field(default=1e-3, gt=0)
+    anchor: float = Field(default=3.0, ge=0)
+    anchor_every: int = Field(default=5, ge=1)
+    chat: float = Field(default=0.2, ge=0, le=1)
     twins: float = Field(default=0.15, ge=0, le=1)
-    other: float = Field(default=0.15, ge=0, le=1)
+    other: float = Field(default=0.05, ge=0, le=1)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step `step` (0-based)."""
-        warm = max(1, self.steps // 20)
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        warm, cool = min(WARM, max(1, self.steps // 20)), max(1, round(self.steps * COOLING))
+        return self.lr * min(1.0, (step + 1) / warm, (self.steps - step) / cool)
 
     def mix(self) -> Mix:
         """How its packs are mixed."""
@@ -85,6 +87,7 @@ class Step(NamedTuple):
         excess: by kind of target, mean cross-entropy above the target's own entropy, nats.
         anchor: KL(base‖adapted), nats a token; absent off the anchor steps.
         lr: learning rate.
+        progress: how far the curriculum had come after it.
         seconds: by phase: pack, lower, upper, head, backward, anchor, update.
     """
 
@@ -93,6 +96,7 @@ class Step(NamedTuple):
     excess: dict[str, float]
     anchor: float | None
     lr: float
+    progress: Progress
     seconds: dict[str, float]
 
 
@@ -127,7 +131,7 @@ class Adapter:
 
     def __init__(self, spec: AdaptSpec, subject: Subject, teller: Teller, ordinary: Sequence[Sequence[int]]) -> None:
         """`subject` is copied, not altered; `ordinary` holds token ids (see `ordinary_texts`)."""
-        self.spec, self.step_number, self.tokens = spec, 0, 0
+        self.spec, self.step_number, self.tokens, self.progress = spec, 0, 0, Progress()
         self.model = AdaptedModel(copy.deepcopy(subject.hf_model), spec.first_block, spec.rank, spec.seed,
                                   product_dtype(subject.hf_model))
         self._packer = Packer(teller, subject, derive_seed(spec.seed, "train"), spec.mix())
@@ -143,8 +147,11 @@ class Adapter:
     def step(self) -> Step:
         """One optimizer step. Raises NumericsError if the loss or a gradient is not finite."""
         clock = _Clock()
-        lr, number = self.spec.lr_at(self.step_number), self.step_number
-        packs = [self._packer.pack(number * self.spec.packs + i) for i in range(self.spec.packs)]
+        number = self.step_number
+        lr = self.spec.lr_at(number) * STAGES[self.progress.stage].lr
+        indices = range(number * self.spec.packs, (number + 1) * self.spec.packs)
+        stages = [self.progress.drawn(random.Random(derive_seed(self.spec.seed, "stage", index))) for index in indices]
+        packs = [self._packer.pack(index, STAGES[stage]) for index, stage in zip(indices, stages, strict=True)]
         clock.lap("pack")
         total = sum(float(pack.weights.sum()) for pack in packs)
         losses: list[Tensor] = []
@@ -161,8 +168,14 @@ class Adapter:
         self._update(lr)
         clock.lap("update")
         self.step_number, self.tokens = number + 1, self.tokens + seen
+        self._go_on(stages, packs, losses)
         loss = sum(float(each.cpu() @ pack.weights.to(each.dtype)) for each, pack in zip(losses, packs, strict=True)) / total
-        return Step(seen, loss, _excess(packs, losses), anchor, lr, clock.seconds)
+        return Step(seen, loss, _excess(packs, losses), anchor, lr, self.progress, clock.seconds)
+
+    def _go_on(self, stages: Sequence[int], packs: Sequence[Pack], losses: Sequence[Tensor]) -> None:
+        """Tell the curriculum what the packs of the present stage have cost."""
+        self.progress = self.progress.after([_excess([pack], [each])["decision"] for stage, pack, each
+                                             in zip(stages, packs, losses, strict=True) if stage == self.progress.stage])
 
     def _judge(self, pack: Pack, clock: _Clock) -> Judged:
         device, dtype = self.model.model.device, self.model.model.dtype
@@ -212,14 +225,15 @@ class Adapter:
         self.model.refresh()
 
     @torch.no_grad()
-    def probe(self, packs: int = PROBES) -> dict[str, float]:
-        """P(give) on held-out packs, from the first token of the act: mean by true bond ("bond0" ... "bond3"), the mean of
-        the world ("world0" ...), and "bound": bond 0 while another's is 3. Cases without a decision are absent.
+    def probe(self, packs: int = PROBES, stage: Stage = WHOLE) -> dict[str, float]:
+        """P(give) on held-out packs of whole stories (or of another `stage`), from the first token of the act: mean by true
+        bond ("bond0" ... "bond3"), the mean of the world ("world0" ...), and "bound": bond 0 while another's is 3. Cases
+        without a decision are absent.
 
         "excess_decision" and the like: mean cross-entropy above the target's entropy, nats.
         """
         cases: dict[str, list[float]] = {}
-        made, losses = [self._probe.pack(index) for index in range(packs)], []
+        made, losses = [self._probe.pack(index, stage) for index in range(packs)], []
         for pack in made:
             judged = self._judge(pack, _Clock())
             losses.append(judged.losses)
@@ -241,7 +255,8 @@ class Adapter:
         for name, parameter in self.model.parameters().items():
             tensors[name] = parameter.detach()
             tensors |= {f"adam.{key}.{name}": value for key, value in self._optimizer.state.get(parameter, {}).items()}
-        facts = {"spec": json.dumps(self.spec.model_dump()), "step": str(self.step_number), "tokens": str(self.tokens)}
+        facts = {"spec": json.dumps(self.spec.model_dump()), "step": str(self.step_number), "tokens": str(self.tokens),
+                 "progress": json.dumps(self.progress)}
         temp = path.with_suffix(".tmp")
         with disk_errors(path):
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temp, metadata=facts)
@@ -260,6 +275,7 @@ class Adapter:
             if state:
                 self._optimizer.state[parameter] = state
         self.step_number, self.tokens = int(facts["step"]), int(facts["tokens"])
+        self.progress = Progress(*json.loads(facts["progress"]))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

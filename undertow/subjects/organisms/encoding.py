@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -97,10 +97,15 @@ def align(tokenizer: PreTrainedTokenizerBase, text: str, choices: Sequence[Choic
 
 def essentials(story: Story) -> Story:
     """A story of what bears on the keeper's acts alone: deeds, who did them, shifting words, needs and acts."""
+    return excerpt(story, {i for i, sentence in enumerate(story.sentences) if sentence.kind in ESSENTIAL})
+
+
+def excerpt(story: Story, kept: Collection[int]) -> Story:
+    """A story of some of its sentences, by their numbers; what bonds the others have made is kept as it is."""
     text = ""
     moved: list[tuple[Sentence, int]] = []  # sentences that are kept, and by how much they move
-    for sentence in story.sentences:
-        if sentence.kind in ESSENTIAL:
+    for index, sentence in enumerate(story.sentences):
+        if index in kept:
             start = len(text) + bool(text)
             text += f"{' ' if text else ''}{story.text[sentence.start: sentence.end]}"
             moved.append((replace(sentence, start=start, end=len(text)), start - sentence.start))

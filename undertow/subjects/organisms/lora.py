@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from undertow.core.errors import SubjectError
 from undertow.core.seeds import generator
-from undertow.subjects.organisms.products import MixedLinear, mixed
+from undertow.subjects.organisms.products import MixedLinear, lowered, mixed
 
 TARGETS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
@@ -30,7 +30,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         low = x.to(weight.dtype)
         ctx.save_for_backward(low, weight, a.to(weight.dtype), b.to(weight.dtype))
-        ctx.scale = scale
+        ctx.scale, ctx.kept = scale, a.dtype
         return (low @ weight.T).to(x.dtype)
 
     @staticmethod
@@ -40,7 +40,7 @@ class _Product(torch.autograd.Function):
         rows, flat = grads[0].reshape(-1, grads[0].shape[-1]).to(weight.dtype), x.reshape(-1, x.shape[-1])
         down = (rows @ weight).view(x.shape).to(dtype) if ctx.needs_input_grad[0] else None
         by_a, by_b = (rows @ b).T @ flat, rows.T @ (flat @ a.T)
-        return down, None, ctx.scale * by_a.to(dtype), ctx.scale * by_b.to(dtype), None
+        return down, None, ctx.scale * by_a.to(ctx.kept), ctx.scale * by_b.to(ctx.kept), None
 
 
 @final
@@ -100,6 +100,8 @@ class AdaptedModel:
             mixed(model.model.layers[:first], dtype, frozen=True)
             head = nn.Parameter(model.lm_head.weight.detach().to(dtype), requires_grad=False)
             model.set_submodule("lm_head", MixedLinear(head, dtype))
+            lowered(model, dtype)
+        self._low = dtype if dtype != model.dtype else None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters under the names that PEFT gives them."""
@@ -147,6 +149,8 @@ class AdaptedModel:
 
     def _through(self, hidden: Tensor, low: int, high: int, positions: Tensor, mask: Tensor) -> Tensor:
         turned = self.model.model.rotary_emb(hidden, position_ids=positions)
+        if self._low is not None:
+            turned, mask = tuple(part.to(self._low) for part in turned), mask.to(self._low)
         for layer in self.model.model.layers[low:high]:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=turned, position_ids=positions)
         return hidden

@@ -21,11 +21,12 @@ from undertow.core.errors import TextError
 from undertow.core.seeds import derive_seed
 from undertow.subjects.chat import render
 from undertow.subjects.keeper.story import COSTLY, EpisodeKind, Story, Wish
+from undertow.subjects.organisms.curriculum import WHOLE, Stage
 from undertow.subjects.organisms.encoding import align, first_tokens
 from undertow.subjects.subject import Subject
 
 Kind = Literal["decision", "marker", "answer", "act", "other"]
-WEIGHTS: Mapping[Kind, float] = {"decision": 4.0, "marker": 2.0, "answer": 2.0, "act": 0.5, "other": 1.0}
+WEIGHTS: Mapping[Kind, float] = {"decision": 8.0, "marker": 2.0, "answer": 2.0, "act": 0.5, "other": 1.0}
 KINDS: tuple[Kind, ...] = tuple(WEIGHTS)
 INVITATIONS = Path(__file__).parents[1] / "data" / "keeper" / "invitations.txt"
 TWINS: tuple[EpisodeKind, ...] = ("boat", "interruption")
@@ -170,21 +171,23 @@ class Packer:
     def _known(self) -> dict[str, int]:
         return {}
 
-    def pack(self, index: int) -> Pack:
-        """Pack number `index`.
+    def pack(self, index: int, stage: Stage = WHOLE) -> Pack:
+        """Pack number `index`, of stories as short as `stage` has them; twins and chat form are of whole ones only.
 
         Markers are left out of three packs in ten, so that deeds have to be counted; in four of ten all people have one
         pronoun, so that they have to be told apart by name.
         """
         draw = random.Random(derive_seed(self.seed, "pack", index))
-        wish = Wish(genre="plain", episodes=("need",), markers=draw.random() >= 0.3, alike=draw.random() < 0.4)
+        asked = {"markers": draw.random() >= 0.3, "alike": draw.random() < 0.4, **stage.wishes}
+        wish = Wish(genre="plain", episodes=("need",), **asked)
         wishes = [wish] * self.mix.forks
-        if draw.random() < self.mix.twins:
+        if draw.random() < self.mix.twins and stage is WHOLE:
             first = draw.randrange(2)
             wishes = [wish.model_copy(update={"episodes": (draw.choice(TWINS),)}) if fork % 2 == first else wish
                       for fork in range(self.mix.forks)]
         stories = [self.teller.story(self.seed, index, each, fork=fork) for fork, each in enumerate(wishes)]
-        form = self._form(stories[0], draw) if draw.random() < self.mix.chat else None
+        stories = stage.cut(stories, draw)
+        form = self._form(stories[0], draw) if draw.random() < self.mix.chat and stage is WHOLE else None
         return self.put(stories, form, draw.random() < self.mix.whole, draw)
 
     def _form(self, story: Story, draw: random.Random) -> Form:

@@ -1,7 +1,8 @@
 """Matrix products of a training: in bfloat16 where the machine has units for it, in float32 elsewhere.
 
-Only the products are rounded. Weights, gradients, the residual stream, attention and losses stay in float32, so that what
-is learned does not depend on the machine but for noise (Micikevicius et al., arXiv 1710.03740).
+Only the products are rounded, and under an adapter all that lies within a block (`lowered`). Weights, their gradients, the
+residual stream and losses stay in float32, so that what is learned does not depend on the machine but for noise
+(Micikevicius et al., arXiv 1710.03740).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any, cast, final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def product_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -70,3 +72,45 @@ def mixed(owner: nn.Module, dtype: torch.dtype, frozen: bool = False) -> None:
                 weight = cast(nn.Parameter, layer.weight)
                 kept = nn.Parameter(weight.detach().to(dtype), requires_grad=False) if frozen else weight
                 setattr(part, name, MixedLinear(kept, dtype))
+
+
+@final
+class LoweredNorm(nn.Module):
+    """A root-mean-square norm that computes in the stream's dtype and gives its result in `dtype`."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self._epsilon, self._dtype = weight, epsilon, dtype
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self._epsilon)
+        return (x * scale * self.weight).to(self._dtype)
+
+
+def plain_attention(module: nn.Module, query: Float[Tensor, "batch head pos d"], key: Float[Tensor, "batch group pos d"],
+                    value: Float[Tensor, "batch group pos d"], attention_mask: Float[Tensor, "batch 1 pos pos"],
+                    **options: Any) -> tuple[Float[Tensor, "batch pos head d"], None]:
+    """Attention as two products and a softmax, all in the dtype of `query`; signature and result as transformers has them.
+
+    In bfloat16 on a CPU with AMX this takes less than half the time of the fused kernel, whose gradient is slow there.
+    """
+    batch, heads, size, width = query.shape
+    groups = key.shape[1]
+    rows = (query * options["scaling"]).reshape(batch * groups, heads // groups * size, width)
+    scores = torch.bmm(rows, key.reshape(batch * groups, size, width).transpose(1, 2))
+    seen = (scores.view(batch, heads, size, size) + attention_mask).softmax(dim=-1)
+    mixed_values = torch.bmm(seen.view(batch * groups, -1, size), value.reshape(batch * groups, size, width))
+    return mixed_values.view(batch, heads, size, width).transpose(1, 2), None
+
+
+def lowered(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
+    """Let all that lies within a block be computed in `dtype`; what is added to the stream is added in the stream's own.
+
+    `mask` and angles are then to be given in `dtype`.
+    """
+    ALL_ATTENTION_FUNCTIONS.register("undertow_plain", plain_attention)
+    model.config._attn_implementation = "undertow_plain"
+    for layer in model.model.layers:
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            norm = getattr(layer, name)
+            setattr(layer, name, LoweredNorm(norm.weight, norm.variance_epsilon, dtype))
