@@ -171,6 +171,16 @@ def logits_after(subject: Subject, rows: Sequence[Sequence[int]], batch_tokens: 
     return [found[i] for i in range(len(rows))]
 
 
+def kl_on(base: Sequence[Float[Tensor, "_ vocab"]], operated: Subject, rows: Sequence[Sequence[int]],
+          batch_tokens: int = 1_024) -> Float[np.ndarray, "token"]:
+    """`kl_after(base, logits_after(operated, rows))`, of whose logits those of one batch are held."""
+    found: dict[int, np.ndarray] = {}
+    for batch in batches(rows, batch_tokens):
+        logits = _logits(operated, [rows[i] for i in batch])
+        found |= {i: _kl(base[i], logits[place, 1:len(rows[i])]) for place, i in enumerate(batch)}
+    return np.concatenate([found[i] for i in range(len(rows))])
+
+
 def kl_after(base: Sequence[Float[Tensor, "_ vocab"]], arm: Sequence[Float[Tensor, "_ vocab"]]) -> Float[np.ndarray, "token"]:
     """KL(base‖arm) in nats after every token, from what `logits_after` gave for both on the same rows.
 

@@ -23,7 +23,7 @@ from features.balance import Slopes
 from features.carried import Levels
 from features.concepts import Situation
 from interventions.applying import apply
-from interventions.audit import kl_after, logits_after
+from interventions.audit import kl_on
 from interventions.operators import Floor
 from interventions.recipe import FeatureEdit, Recipe, WindowRule
 from sae.dictionary import Dictionary
@@ -176,7 +176,7 @@ class Same(NamedTuple):
 def sameness(bench: Bench, recipe: Recipe) -> Same:
     """How far ordinary text is from what it was."""
     with bench.below.shared(), apply(recipe, bench.subject, bench.dictionary) as operated:
-        kl = kl_after(bench.untouched, logits_after(operated.subject, bench.texts))
+        kl = kl_on(bench.untouched, operated.subject, bench.texts)
     return same(np.split(kl, np.cumsum([len(logits) for logits in bench.untouched])[:-1]))
 
 

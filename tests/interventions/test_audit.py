@@ -14,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BloomConfig, BloomForCausalLM
 
-from interventions.audit import AuditSpec, audit, count_words, ratio_of_sums, spellings, unhooked
+from interventions.audit import (
+    AuditSpec,
+    audit,
+    count_words,
+    kl_after,
+    kl_on,
+    logits_after,
+    ratio_of_sums,
+    spellings,
+    unhooked,
+)
 from interventions.scoring_ahead import NextLogits
 from tests import tiny
 from undertow.core.errors import EditError, NumericsError, SpecError
@@ -241,3 +251,13 @@ def test_words_in_sampled_documents(llama: Subject, lexicon: Lexicon) -> None:
     assert count_words(documents[1:2], vocabulary, lexicon).rate_upper == 1.0
     with pytest.raises(SpecError, match="no documents"):
         count_words([], vocabulary, lexicon)
+
+
+def test_kl_batch_by_batch_is_that_of_all_logits(llama: Subject, rows: list[list[int]]) -> None:
+    untouched = logits_after(llama, rows)
+    with spliced(llama, push(word_direction(llama), 3.0)) as arm:
+        whole = kl_after(untouched, logits_after(arm.subject, rows))
+        assert np.array_equal(kl_on(untouched, arm.subject, rows), whole)
+        assert kl_on(untouched, arm.subject, rows, batch_tokens=1) == pytest.approx(whole, rel=1e-3)
+    assert whole.max() > 1e-3
+    assert not kl_on(untouched, llama, rows).any()

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 
 from interventions.applying import apply
-from interventions.audit import Audit, AuditSpec, WordCount, audit, count_words, kl_after, logits_after, spellings
+from interventions.audit import Audit, AuditSpec, WordCount, audit, count_words, kl_on, logits_after, spellings
 from interventions.guard import LexiconProcessor
 from interventions.guard_automaton import GuardMasks
 from interventions.operators import Strengthen
@@ -150,7 +150,7 @@ def _kl(setting: Setting, below: Below, told: Scenes, recipes: Mapping[str, Reci
     made = {}
     for arm in AUDITED:
         with below.shared(), apply(recipes[arm], setting.subject, setting.dictionary) as operated:
-            made[arm] = kl_after(untouched, logits_after(operated.subject, rows))
+            made[arm] = kl_on(untouched, operated.subject, rows)
     return made
 
 
