@@ -100,7 +100,7 @@ def test_the_command_of_a_feature_prints_the_same_figures(store: Path, run: Run,
 
 @pytest.mark.parametrize(("words", "message"), [
     (["nowhere"], "nowhere is neither a folder nor an SAE"),
-    (["smolm2/12"], "did you mean smollm2/12?"),
+    (["smolm2/12"], "did you mean smollm2/12"),
     (["--host", "0.0.0.0"], "there is no token\n  add --token SECRET"),
     (["build", "SAE", "--out", "OUT", "--split", "test"], "choose held_out or train"),
     (["list", "SAE"], "no manifest.json"),

@@ -31,6 +31,8 @@ def demo(
                                        "smollm2, hearth-smollm2, a Hugging Face name or a local folder.")] = "hearth",
     concept: Annotated[str, typer.Option(help="care (who did the good deeds) or care-said (is the word said).")] = "care",
     stories: Annotated[int, typer.Option(help="Fresh stories that every shown arm goes on with.")] = 400,
+    texts: Annotated[int, typer.Option(help="Stories on which the word's probability is measured, KL on six times as many; "
+                                       "fewer for a large model.")] = 24,
     site: Annotated[str | None, typer.Option(help="Where to operate; the block below the middle if absent.")] = None,
     sae: Annotated[str | None, typer.Option("--sae", help="Operate with this SAE instead of training one; it says the site. "
                                             "The one that comes with the package for this model, if there is one.")] = None,
@@ -54,7 +56,7 @@ def demo(
 
     began = time.perf_counter()
     refuse_existing(out)
-    spec = DemoSpec.checked({"concept": concept, "seed": seed, "stories": stories, "force": force}, "demo")
+    spec = DemoSpec.checked({"concept": concept, "seed": seed, "stories": stories, "texts": texts, "force": force}, "demo")
     sae = sae or _packaged(model, site)
     subject, place, dictionary = _open(model, site, sae)
     console().print(f"{subject.name} at {place}, concept {concept}, seed {seed}: "
