@@ -22,6 +22,8 @@ app = typer.Typer()
 SITE_OF_THE_MIDDLE = "blocks.{}.hook_resid_post"
 SAE_STORIES, SAE_TOKENS, SAE_WIDTH, SAE_K = 900, 200_000, 2_048, 16
 GATE_TOKENS = 700  # of a situation, read for the acts and for the lexical gates
+_SCORED, _AUDITS = 12, 3  # arms and checks that are scored beside the random sets, and arms whose hazard and KL are measured
+_SAMPLED = ("stranger", "bonded", "L4", "L4-before")
 _ARMS = ("stranger", "bonded", "L2", "L4", "L4-before", "sham", "random", "lexical")
 
 
@@ -61,8 +63,8 @@ def demo(
     subject, place, dictionary = _open(model, site, sae)
     console().print(f"{subject.name} at {place}, concept {concept}, seed {seed}: "
                     + (f"the SAE {sae}" if sae else f"an SAE on {SAE_TOKENS:,} tokens")
-                    + f", then {stories} fresh stories for each of 4 arms; first the gate, {_gate_time(subject, spec)}",
-                    markup=False)
+                    + f", then {stories} fresh stories for each of 4 arms, {_whole_time(subject, spec)}; first the gate, "
+                    + _gate_time(subject, spec), markup=False)
     with Phases() as phases:
         asked = load_concept(concept, seed)
         gates, outcome = gates_of(subject, asked, spec, place)
@@ -92,6 +94,19 @@ def _gate_time(subject: Subject, spec: DemoSpec) -> str:
 
     parameters = sum(parameter.numel() for parameter in subject.hf_model.parameters())
     return f"about {max(1, round(2 * spec.discovery * GATE_TOKENS * 2 * parameters / (FLOPS_PER_CORE * cores())))} s"
+
+
+def _whole_time(subject: Subject, spec: DemoSpec) -> str:
+    """How long everything behind the gate takes, roughly, without training an SAE."""
+    from undertow.studies.demo import SAMENESS
+    from undertow.studies.planning import FLOPS_PER_CORE, SEARCH_TOKENS, TOKENS, cores
+
+    search = SEARCH_TOKENS * (1 + 2 * spec.texts / 24) / 3  # a third of it are situations, the rest texts
+    scored = (spec.random_sets + _SCORED) * spec.scored * TOKENS["choice"]
+    texts = spec.texts * (_AUDITS * TOKENS["words"] + SAMENESS * _AUDITS * TOKENS["sameness"])
+    tokens = search + scored + texts + len(_SAMPLED) * spec.stories * TOKENS["sample"]
+    parameters = sum(parameter.numel() for parameter in subject.hf_model.parameters())
+    return f"about {max(2, round(tokens * 2 * parameters / (FLOPS_PER_CORE * cores()) / 60))} min in all"
 
 
 def _open(model: str, site: str | None, sae: str | None) -> tuple[Subject, str, Dictionary | None]:
