@@ -22,8 +22,7 @@ app = typer.Typer()
 SITE_OF_THE_MIDDLE = "blocks.{}.hook_resid_post"
 SAE_STORIES, SAE_TOKENS, SAE_WIDTH, SAE_K = 900, 200_000, 2_048, 16
 GATE_TOKENS = 700  # of a situation, read for the acts and for the lexical gates
-_SCORED, _AUDITS = 12, 3  # arms and checks that are scored beside the random sets, and arms whose hazard and KL are measured
-_SAMPLED = ("stranger", "bonded", "L4", "L4-before")
+_SCORED = 12  # arms and checks that are scored beside the random sets
 _ARMS = ("stranger", "bonded", "L2", "L4", "L4-before", "sham", "random", "lexical")
 
 
@@ -91,22 +90,24 @@ def _packaged(model: str, site: str | None) -> str | None:
 def _gate_time(subject: Subject, spec: DemoSpec) -> str:
     """How long the gate takes, roughly: two situations a pair with all wordings of their acts."""
     from undertow.studies.planning import FLOPS_PER_CORE, cores
+    from undertow.studies.preparing import parameters
 
-    parameters = sum(parameter.numel() for parameter in subject.hf_model.parameters())
-    return f"about {max(1, round(2 * spec.discovery * GATE_TOKENS * 2 * parameters / (FLOPS_PER_CORE * cores())))} s"
+    return f"about {max(1, round(2 * spec.discovery * GATE_TOKENS * 2 * parameters(subject) / (FLOPS_PER_CORE * cores())))} s"
 
 
 def _whole_time(subject: Subject, spec: DemoSpec) -> str:
     """How long everything behind the gate takes, roughly, without training an SAE."""
+    from undertow.studies.arms import AUDITED, SAMPLED
     from undertow.studies.demo import SAMENESS
     from undertow.studies.planning import FLOPS_PER_CORE, SEARCH_TOKENS, TOKENS, cores
+    from undertow.studies.preparing import parameters
 
-    search = SEARCH_TOKENS * (1 + 2 * spec.texts / 24) / 3  # a third of it are situations, the rest texts
+    usual = type(spec)().texts
+    search = SEARCH_TOKENS * (1 + 2 * spec.texts / usual) / 3  # a third of it are situations, the rest texts
     scored = (spec.random_sets + _SCORED) * spec.scored * TOKENS["choice"]
-    texts = spec.texts * (_AUDITS * TOKENS["words"] + SAMENESS * _AUDITS * TOKENS["sameness"])
-    tokens = search + scored + texts + len(_SAMPLED) * spec.stories * TOKENS["sample"]
-    parameters = sum(parameter.numel() for parameter in subject.hf_model.parameters())
-    return f"about {max(2, round(tokens * 2 * parameters / (FLOPS_PER_CORE * cores()) / 60))} min in all"
+    texts = spec.texts * len(AUDITED) * (TOKENS["words"] + SAMENESS * TOKENS["sameness"])
+    tokens = search + scored + texts + len(SAMPLED) * spec.stories * TOKENS["sample"]
+    return f"about {max(2, round(tokens * 2 * parameters(subject) / (FLOPS_PER_CORE * cores()) / 60))} min in all"
 
 
 def _open(model: str, site: str | None, sae: str | None) -> tuple[Subject, str, Dictionary | None]:

@@ -21,7 +21,7 @@ from sae.dictionary import Dictionary
 from undertow.core.seeds import derive_seed
 from undertow.core.spec import digest_json
 from undertow.studies.arms import sham_of
-from undertow.studies.preparing import Prepared
+from undertow.studies.preparing import Prepared, parameters
 from undertow.studies.situations import Line, Side, Teller
 from undertow.studies.trials import PROMPTED, TRAINED, UNTOUCHED
 from undertow.studies.variants import (
@@ -177,7 +177,7 @@ def _untouched(arm: str, bench: Bench) -> Condition:
 
 def _trained(arm: str, bench: Bench) -> Condition:
     made = bench.trained(arm)
-    own = sum(parameter.numel() for parameter in bench.subject.hf_model.parameters())
+    own = parameters(bench.subject)
 
     @contextlib.contextmanager
     def opened() -> Iterator[Under]:
