@@ -34,6 +34,9 @@ def demo(
     stories: Annotated[int, typer.Option(help="Fresh stories that every shown arm goes on with.")] = 400,
     texts: Annotated[int, typer.Option(help="Stories on which the word's probability is measured, KL on six times as many; "
                                        "fewer for a large model.")] = 24,
+    limit_kl_mean: Annotated[float, typer.Option(help="What the search may do to ordinary text: its mean KL, nats a token. The "
+                                                 "verdict's limit stays 0.01.")] = 0.01,
+    limit_kl_p99: Annotated[float, typer.Option(help="The same of the 99th percentile; the verdict's stays 0.1.")] = 0.1,
     site: Annotated[str | None, typer.Option(help="Where to operate; the block below the middle if absent.")] = None,
     sae: Annotated[str | None, typer.Option("--sae", help="Operate with this SAE instead of training one; it says the site. "
                                             "The one that comes with the package for this model, if there is one.")] = None,
@@ -57,7 +60,8 @@ def demo(
 
     began = time.perf_counter()
     refuse_existing(out)
-    spec = DemoSpec.checked({"concept": concept, "seed": seed, "stories": stories, "texts": texts, "force": force}, "demo")
+    spec = DemoSpec.checked({"concept": concept, "seed": seed, "stories": stories, "texts": texts, "force": force,
+                             "kl_mean": limit_kl_mean, "kl_p99": limit_kl_p99}, "demo")
     sae = sae or _packaged(model, site)
     subject, place, dictionary = _open(model, site, sae)
     console().print(f"{subject.name} at {place}, concept {concept}, seed {seed}: "

@@ -30,7 +30,7 @@ from interventions.guard import LexiconProcessor
 from interventions.guarding import under_guard
 from interventions.recipe import Recipe
 from interventions.tune import Bench, Lessons, Trial, TuneSpec, answers, question
-from interventions.verdict import Verdict
+from interventions.verdict import MAX_KL_MEAN, MAX_KL_P99, Verdict
 from sae.dictionary import Dictionary
 from undertow.core.errors import SpecError
 from undertow.core.seeds import derive_seed
@@ -56,6 +56,7 @@ _LEVEL = 0.01
 _ALIKE = 60  # latents among which matched random sets are drawn, for each one chosen
 _LEXICAL_FEATURES, _LEXICAL_TEXTS = 64, 12
 SAMENESS, _LESSONS, _SLOPED = 6, 3, 2  # texts on which KL is measured, sets are refined, and proposed: for each one of hazard
+_ROOM = 0.95  # of a limit on mean KL: what the search may use, since the mean is measured again on other texts
 _SHORT = 0.15  # of the way to the state that is imitated: what the search may leave undone
 
 
@@ -72,6 +73,7 @@ class DemoSpec(Spec):
         texts: bodies of stories on which hazard is measured; KL is measured on SAMENESS times as many, in the search and again
             on others.
         random_sets: matched random feature sets.
+        kl_mean, kl_p99: what the search may do to ordinary text, nats a token. The verdict's limits are its own.
         force: go on although the pairs are lexical; recorded.
     """
 
@@ -83,6 +85,8 @@ class DemoSpec(Spec):
     development: int = Field(default=16, ge=12)
     texts: int = Field(default=24, ge=8)
     random_sets: int = Field(default=20, ge=1)
+    kl_mean: float = Field(default=MAX_KL_MEAN, gt=0)
+    kl_p99: float = Field(default=MAX_KL_P99, gt=0)
     force: bool = False
 
 
@@ -227,7 +231,8 @@ def find(setting: Setting, site_name: str) -> Found:
         untouched, untouched_others = logits_after(subject, texts), logits_after(subject, others)
     bench = Bench(subject, dictionary, site, place, known, gradients, questions, texts, untouched, below,
                   Lessons(discovered, others, untouched_others))
-    return Found(bench, attribution, choose(bench, pool, ACTS, TuneSpec(), _wanted(setting, bench), setting.progress))
+    limits = TuneSpec(kl_mean=_ROOM * spec.kl_mean, kl_p99=spec.kl_p99)
+    return Found(bench, attribution, choose(bench, pool, ACTS, limits, _wanted(setting, bench), setting.progress))
 
 
 def _wanted(setting: Setting, bench: Bench) -> float:

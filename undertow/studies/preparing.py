@@ -30,7 +30,7 @@ from undertow.core.storage import MANIFEST, cache_dir, create_artifact, open_art
 from undertow.studies.demo import LANGUAGES, DemoSpec, Found, Progress, Setting, find, lexical_recipe, random_sets
 from undertow.studies.sources import Source
 from undertow.studies.spec import StudySpec
-from undertow.studies.trials import search_facts
+from undertow.studies.trials import search_facts, search_size
 from undertow.studies.variants import added, renamed
 from undertow.subjects.keeper.world import World
 from undertow.subjects.sites import Site
@@ -157,8 +157,7 @@ def _made(spec: StudySpec, seed: int, folder: Path, with_: tuple[Tools, TokenCou
 
 def demo_spec(spec: StudySpec, seed: int) -> DemoSpec:
     """The settings of a search."""
-    return DemoSpec.checked({"concept": spec.concept, "seed": seed, "force": spec.force, "discovery": spec.size.discovery,
-                             "development": spec.size.development}, "study")
+    return DemoSpec.checked({"concept": spec.concept, "seed": seed, "force": spec.force, **search_size(spec)}, "study")
 
 
 def _recipes(setting: Setting, found: Found, sets: int) -> dict[str, list[Recipe]]:

@@ -115,7 +115,7 @@ class Thresholds(Spec):
         recovery_low: recovery within which (on both sides of 0) the other levels must stay.
         word_rise: hazard ratio that the other levels must reach.
         hazard_ratio: hazard ratio within which (and whose inverse) words are the same.
-        kl_mean, kl_p99: nats a token within which ordinary text is the same.
+        kl_mean, kl_p99: nats a token within which ordinary text is the same; the search stays within them too.
         bits: nameability within which self-report is the same.
         unsaid: unsaid ratio that L4 must reach.
         alpha: level of every test, after its correction.

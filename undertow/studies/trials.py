@@ -133,7 +133,13 @@ def _context(spec: StudySpec, arm: str, seed: int) -> dict[str, Any]:
 def search_facts(spec: StudySpec, seed: int) -> dict[str, Any]:
     """The settings that a search and all that comes of it depend on."""
     return {"model": spec.model, "concept": spec.concept, "seed": seed, "sae": spec.sae, "force": spec.force,
-            "discovery": spec.size.discovery, "development": spec.size.development, **_content(spec)}
+            **search_size(spec), **_content(spec)}
+
+
+def search_size(spec: StudySpec) -> dict[str, float]:
+    """How much a search sees, and within which limits it stays; names of DemoSpec."""
+    return {"discovery": spec.size.discovery, "development": spec.size.development, "texts": spec.size.texts,
+            "kl_mean": spec.thresholds.kl_mean, "kl_p99": spec.thresholds.kl_p99}
 
 
 def _content(spec: StudySpec) -> dict[str, str]:
