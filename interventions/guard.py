@@ -69,6 +69,8 @@ class LexiconProcessor:
             given = tuple(ids)
             place = places[given] = self._place(given)
             forbidden = self._forbidden(place, scores.device)
+            if len(self.vocabulary.tokens) > scores.shape[-1]:  # the tokenizer has added tokens that the model does not know
+                forbidden = forbidden[forbidden < scores.shape[-1]]
             if len(forbidden) >= scores.shape[-1]:
                 raise EditError(f"row {row}: the guard leaves no token that could follow {self.vocabulary.text(ids)[-40:]!r}",
                                 "the tokenizer lacks the letters or signs to go on without the word")

@@ -238,6 +238,19 @@ def test_a_guard_that_cannot_work_says_so() -> None:
         LexiconProcessor(words, LOVE)(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 1))
 
 
+@pytest.mark.parametrize("more", [-40, 40])
+def test_logits_narrower_or_wider_than_the_tokenizer_are_masked_as_far_as_they_go(more: int) -> None:
+    """Models pad their embeddings, and tokenizers have added tokens that a model does not know."""
+    made = tiny.tokenizer()
+    forms = Lexicon.from_spec(LexiconSpec.checked({"name": "x", "tiers": {"T0": {"en": ["*oi*"]}}}))
+    ids = torch.tensor([made.encode("the o", add_special_tokens=False)])
+    whole = LexiconProcessor(made, forms)(ids, torch.zeros(1, len(made)))
+    other = LexiconProcessor(made, forms)(ids, torch.zeros(1, len(made) + more))
+    both = min(len(made), len(made) + more)
+    assert bool(whole.isinf().any()) and bool(whole[:, both:].isinf().any()) == (more < 0)
+    assert torch.equal(other[:, :both], whole[:, :both]) and not other[:, both:].any()
+
+
 def test_places_are_kept_from_one_call_to_the_next() -> None:
     """Whatever rows come in whatever order, the mask is that of the sequence alone."""
     made = tiny.tokenizer()

@@ -220,7 +220,8 @@ def test_bad_input_is_refused_before_anything_runs(capsys: pytest.CaptureFixture
     assert run("--concept", "lvoe", "--out", tmp_path / "a").code == 2
     assert run("--stories", "3", "--out", tmp_path / "b").code == 2
     assert run("--model", "hearht", "--out", tmp_path / "c").code == 2
-    assert not {"a", "b", "c"} & {path.name for path in tmp_path.iterdir()}
+    assert run("--limit-kl-mean", "0", "--out", tmp_path / "d").code == 2
+    assert not {"a", "b", "c", "d"} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_written_pairs_have_no_fresh_stories(tmp_path: Path) -> None:

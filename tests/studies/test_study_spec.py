@@ -10,7 +10,9 @@ import yaml
 from interventions.tune import TuneSpec
 from tests.cli.answers import runner
 from undertow.core.errors import SpecError
+from undertow.studies.demo import DemoSpec
 from undertow.studies.planning import cores, parameters_of, plan_of, power_of, table_of
+from undertow.studies.preparing import demo_spec
 from undertow.studies.spec import ARMS, CONTROLS, MEASURES, StudySpec, load_study, packaged_studies, what_is
 from undertow.studies.trials import arms_of, measures_of, trials_of, units
 
@@ -75,15 +77,22 @@ def test_keys_follow_what_the_figures_depend_on_and_nothing_else() -> None:
         return {(t.arm, t.measure, t.first): t.key for t in trials_of(load_study("ladder", changes))}
 
     before = keys()
-    assert keys(**{"thresholds.kl_mean": 0.5, "about": "other", "size.texts": 40}).items() >= {
-        place: key for place, key in before.items() if place[1] != "words"}.items()
-    longer = keys(**{"size.discovery": 20})
-    assert longer["stranger", "choice", 0] == before["stranger", "choice", 0]
-    assert longer["L4", "choice", 0] != before["L4", "choice", 0]
+    assert keys(**{"thresholds.recovery_high": 0.5, "about": "other"}) == before
+    for search in ({"size.discovery": 20}, {"size.texts": 40}, {"thresholds.kl_mean": 0.5}, {"thresholds.kl_p99": 0.5}):
+        other = keys(**search)
+        assert other["stranger", "choice", 0] == before["stranger", "choice", 0]
+        assert other["L4", "choice", 0] != before["L4", "choice", 0]
     few = keys(**{"size.few": 20})
     assert {place for place in before if few[place] != before[place]} == {  # sets are judged, and streams read, on few stories
         place for place in before if place[0] == "random" or place[1] == "spread"}
     assert not set(keys(seeds=[1]).values()) & set(before.values())
+
+
+def test_a_search_sees_as_many_texts_and_keeps_to_the_limits_of_its_study() -> None:
+    spec = load_study("ladder", {"size.texts": 9, "thresholds.kl_mean": 0.02, "thresholds.kl_p99": 1.0})
+    search = demo_spec(spec, 3)
+    assert (search.texts, search.kl_mean, search.kl_p99, search.seed) == (9, 0.02, 1.0, 3)
+    assert demo_spec(load_study("ladder"), 0) == DemoSpec()
 
 
 def test_stars_stand_for_every_feature_that_may_be_chosen() -> None:
