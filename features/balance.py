@@ -36,7 +36,6 @@ from undertow.subjects.splicing import Memory
 from undertow.subjects.subject import Subject
 
 DRAWS = 2
-MOST_TRIGGERS = 32
 NEAR = 50  # tokens before a decision that belong to its situation
 _CHANGE_PRICE = 1 / 3  # of all the change of ordinary text, where acting on all of its tokens costs 1
 _RIDGE = 0.02  # of H's own diagonal, which is estimated from few texts
@@ -156,9 +155,9 @@ def balance(dictionary: Dictionary, slopes: Slopes, pool: Sequence[int], known: 
 
 
 def balanced(made: Balance, price: float, memory: Memory, most: int) -> Balanced:
-    """At most `most` latents, the trigger that suits them at this price, and their weights where that gate is open."""
+    """At most `most` latents, as long a trigger that suits them at this price, and their weights where that gate is open."""
     everywhere = np.ones(len(made.gain), dtype=bool)
-    trigger = trigger_of(made, weights_of(made, everywhere, most), price)
+    trigger = trigger_of(made, weights_of(made, everywhere, most), price, most)
     weights = weights_of(made, made.fires.opened(trigger, memory), most)
     kept = np.flatnonzero(weights)
     return Balanced(tuple(made.pool[i] for i in kept), tuple(float(weights[i]) for i in kept), trigger,
@@ -182,7 +181,7 @@ def weights_of(made: Balance, acts: Bool[np.ndarray, "token"], most: int) -> Flo
     return weights
 
 
-def trigger_of(made: Balance, weights: Float[np.ndarray, "pool"], price: float, most: int = MOST_TRIGGERS) -> tuple[int, ...]:
+def trigger_of(made: Balance, weights: Float[np.ndarray, "pool"], price: float, most: int) -> tuple[int, ...]:
     """The latents that tell the situation from ordinary text.
 
     Greedily maximises (share of the NEAR tokens before each decision where one of them fires) − price · [(share of ordinary

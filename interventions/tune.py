@@ -46,7 +46,7 @@ class TuneSpec(Spec):
         kl_mean, kl_p99: limits on KL(base‖arm), nats a token, on development texts: on its mean, stricter than a verdict's,
             which is measured on other texts; and on the upper bound of its 99th percentile (one-sided, _SURE, bootstrap over
             texts): of a gate that is seldom open, the percentile itself says little.
-        size: features in a set, at most.
+        size: features in a set, and in the trigger that opens its gate, at most.
         gates: each is tried: the price of acting on ordinary text (`balance.trigger_of`), and the gate's memory, at how many of
             how many tokens the trigger must have fired.
         factors, fine: of its largest dose, at which a proposed set, or the refined one, is judged too.

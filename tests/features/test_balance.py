@@ -89,12 +89,13 @@ def test_a_trigger_is_where_the_situation_is_and_ordinary_text_is_not() -> None:
     """Latent 2 fires in one situation of three and never on ordinary text; latent 1 in two and on half of ordinary text."""
     made = of([[0], [0], [1]], [[1], [1]], fires=[[1, 0, 0], [0, 1, 0], [0, 1, 1]], fires_ordinary=[[1, 0, 0], [0, 1, 0]])
     one = np.ones(1)
-    assert trigger_of(made, one, 0.0)[0] == 1
-    assert trigger_of(made, one, 0.9) == (2, 1) or trigger_of(made, one, 0.9) == (2,)
-    assert trigger_of(made, one, 2.0) == (2,)
+    assert trigger_of(made, one, 0.0, 32)[0] == 1
+    assert trigger_of(made, one, 0.9, 32) == (2, 1) or trigger_of(made, one, 0.9, 32) == (2,)
+    assert trigger_of(made, one, 2.0, 32) == (2,)
+    assert len(trigger_of(made, one, 0.0, 32)) > 1 == len(trigger_of(made, one, 0.0, 1))
     everywhere = made._replace(fires_ordinary=made.fires_ordinary._replace(fires=csr_matrix(np.ones((2, 3)))))
-    assert trigger_of(everywhere, one, 1.5) == ()
-    assert trigger_of(made, -one, 0.0) == ()  # nothing is won anywhere
+    assert trigger_of(everywhere, one, 1.5, 32) == ()
+    assert trigger_of(made, -one, 0.0, 32) == ()  # nothing is won anywhere
 
 
 def test_only_the_end_of_a_situation_is_looked_at() -> None:
@@ -103,13 +104,13 @@ def test_only_the_end_of_a_situation_is_looked_at() -> None:
     fires[:2, 0] = fires[-1, 1] = 1
     made = of([[1.0]] * (NEAR + 2), [[1.0]], fires_ordinary=[[0, 0]])
     made = made._replace(fires=Firings(csr_matrix(fires), (NEAR + 2,)))
-    assert trigger_of(made, np.ones(1), 0.0) == (1,)
+    assert trigger_of(made, np.ones(1), 0.0, 32) == (1,)
 
 
 def test_tokens_that_change_much_cost_more_than_others() -> None:
     """Both latents fire in one situation of two and on half of ordinary text; all of the change is where latent 0 fires."""
     made = of([[1], [1]], [[1], [0]], fires=[[1, 0, 0], [0, 1, 0]], fires_ordinary=[[1, 0, 0], [0, 1, 0]])
-    assert trigger_of(made, np.ones(1), 0.9) == (1,)
+    assert trigger_of(made, np.ones(1), 0.9, 32) == (1,)
 
 
 def test_a_gate_opens_by_what_fired_before_in_the_same_text() -> None:

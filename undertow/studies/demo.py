@@ -73,6 +73,7 @@ class DemoSpec(Spec):
         texts: bodies of stories on which hazard is measured; KL is measured on SAMENESS times as many, in the search and again
             on others.
         random_sets: matched random feature sets.
+        features: of the surgery, and of the trigger that opens its gate, at most.
         kl_mean, kl_p99: what the search may do to ordinary text, nats a token. The verdict's limits are its own.
         force: go on although the pairs are lexical; recorded.
     """
@@ -85,6 +86,7 @@ class DemoSpec(Spec):
     development: int = Field(default=16, ge=12)
     texts: int = Field(default=24, ge=8)
     random_sets: int = Field(default=20, ge=1)
+    features: int = Field(default=32, ge=1)
     kl_mean: float = Field(default=MAX_KL_MEAN, gt=0)
     kl_p99: float = Field(default=MAX_KL_P99, gt=0)
     force: bool = False
@@ -231,7 +233,7 @@ def find(setting: Setting, site_name: str) -> Found:
         untouched, untouched_others = logits_after(subject, texts), logits_after(subject, others)
     bench = Bench(subject, dictionary, site, place, known, gradients, questions, texts, untouched, below,
                   Lessons(discovered, others, untouched_others))
-    limits = TuneSpec(kl_mean=_ROOM * spec.kl_mean, kl_p99=spec.kl_p99)
+    limits = TuneSpec(kl_mean=_ROOM * spec.kl_mean, kl_p99=spec.kl_p99, size=spec.features)
     return Found(bench, attribution, choose(bench, pool, ACTS, limits, _wanted(setting, bench), setting.progress))
 
 

@@ -87,6 +87,7 @@ class Size(Spec):
         sets: matched random sets.
         chunk: stories (texts, sets) of one trial.
         discovery, development: pairs that the search may see.
+        features: of the surgery, and of the trigger that opens its gate, at most.
     """
 
     stories: int = Field(default=60, ge=10)
@@ -98,6 +99,7 @@ class Size(Spec):
     chunk: int = Field(default=20, ge=1)
     discovery: int = Field(default=40, ge=12)
     development: int = Field(default=16, ge=12)
+    features: int = Field(default=32, ge=1)
 
     @model_validator(mode="after")
     def _few_are_of_the_stories(self) -> Size:

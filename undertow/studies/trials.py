@@ -71,15 +71,8 @@ def arms_of(spec: StudySpec) -> list[str]:
     found: list[str] = []
     for arm in spec.arms:
         kind, _, which = arm.partition(":")
-        found += [f"{kind}:{place}" for place in range(most_features())] if kind in NUMBERED and which == "*" else [arm]
+        found += [f"{kind}:{place}" for place in range(spec.size.features)] if kind in NUMBERED and which == "*" else [arm]
     return list(dict.fromkeys(found))
-
-
-def most_features() -> int:
-    """How many features a search chooses at most."""
-    from interventions.tune import TuneSpec  # imports torch, and most studies have no `*`
-
-    return TuneSpec().size
 
 
 def trials_of(spec: StudySpec) -> list[Trial]:
@@ -137,9 +130,9 @@ def search_facts(spec: StudySpec, seed: int) -> dict[str, Any]:
 
 
 def search_size(spec: StudySpec) -> dict[str, float]:
-    """How much a search sees, and within which limits it stays; names of DemoSpec."""
+    """How much a search sees and may change, and within which limits it stays; names of DemoSpec."""
     return {"discovery": spec.size.discovery, "development": spec.size.development, "texts": spec.size.texts,
-            "kl_mean": spec.thresholds.kl_mean, "kl_p99": spec.thresholds.kl_p99}
+            "features": spec.size.features, "kl_mean": spec.thresholds.kl_mean, "kl_p99": spec.thresholds.kl_p99}
 
 
 def _content(spec: StudySpec) -> dict[str, str]:
