@@ -93,25 +93,23 @@ def _packaged(model: str, site: str | None) -> str | None:
 
 def _gate_time(subject: Subject, spec: DemoSpec) -> str:
     """How long the gate takes, roughly: two situations a pair with all wordings of their acts."""
-    from undertow.studies.planning import FLOPS_PER_CORE, cores
+    from undertow.studies.planning import speed
     from undertow.studies.preparing import parameters
 
-    return f"about {max(1, round(2 * spec.discovery * GATE_TOKENS * 2 * parameters(subject) / (FLOPS_PER_CORE * cores())))} s"
+    return f"about {max(1, round(2 * spec.discovery * GATE_TOKENS * 2 * parameters(subject) / speed()))} s"
 
 
 def _whole_time(subject: Subject, spec: DemoSpec) -> str:
     """How long everything behind the gate takes, roughly, without training an SAE."""
     from undertow.studies.arms import AUDITED, SAMPLED
     from undertow.studies.demo import SAMENESS
-    from undertow.studies.planning import FLOPS_PER_CORE, SEARCH_TOKENS, TOKENS, cores
+    from undertow.studies.planning import TOKENS, search_tokens, speed
     from undertow.studies.preparing import parameters
 
-    usual = type(spec)().texts
-    search = SEARCH_TOKENS * (1 + 2 * spec.texts / usual) / 3  # a third of it are situations, the rest texts
     scored = (spec.random_sets + _SCORED) * spec.scored * TOKENS["choice"]
     texts = spec.texts * len(AUDITED) * (TOKENS["words"] + SAMENESS * TOKENS["sameness"])
-    tokens = search + scored + texts + len(SAMPLED) * spec.stories * TOKENS["sample"]
-    return f"about {max(2, round(tokens * 2 * parameters(subject) / (FLOPS_PER_CORE * cores()) / 60))} min in all"
+    tokens = search_tokens(spec.texts) + scored + texts + len(SAMPLED) * spec.stories * TOKENS["sample"]
+    return f"about {max(2, round(tokens * 2 * parameters(subject) / speed() / 60))} min in all"
 
 
 def _open(model: str, site: str | None, sae: str | None) -> tuple[Subject, str, Dictionary | None]:
