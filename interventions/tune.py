@@ -57,7 +57,7 @@ class TuneSpec(Spec):
     kl_mean: float = Field(default=0.0095, gt=0)
     kl_p99: float = Field(default=0.1, gt=0)
     size: int = Field(default=32, ge=1)
-    gates: tuple[tuple[float, int, int], ...] = Field(default=((3.0, 2, 8), (3.0, 3, 16)), min_length=1)
+    gates: tuple[tuple[float, int, int], ...] = Field(default=((3.0, 2, 8), (3.0, 3, 16), (3.0, 5, 16)), min_length=1)
     factors: tuple[float, ...] = (0.8,)
     fine: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)
     min_open: float = Field(default=0.003, ge=0, le=1)

@@ -9,7 +9,7 @@ import yaml
 
 from tests.cli.answers import runner
 from undertow.core.errors import SpecError
-from undertow.studies.demo import DemoSpec
+from undertow.studies.demo import DemoSpec, SearchSpec
 from undertow.studies.planning import parameters_of, plan_of, power_of, speed, table_of
 from undertow.studies.preparing import demo_spec
 from undertow.studies.spec import ARMS, CONTROLS, MEASURES, StudySpec, load_study, packaged_studies, what_is
@@ -77,7 +77,8 @@ def test_keys_follow_what_the_figures_depend_on_and_nothing_else() -> None:
 
     before = keys()
     assert keys(**{"thresholds.recovery_high": 0.5, "about": "other"}) == before
-    for search in ({"size.discovery": 20}, {"size.texts": 40}, {"thresholds.kl_mean": 0.5}, {"thresholds.kl_p99": 0.5}):
+    for search in ({"size.discovery": 20}, {"size.texts": 40}, {"thresholds.kl_mean": 0.5}, {"thresholds.kl_p99": 0.5},
+                   {"size.aim": 2.0}):
         other = keys(**search)
         assert other["stranger", "choice", 0] == before["stranger", "choice", 0]
         assert other["L4", "choice", 0] != before["L4", "choice", 0]
@@ -89,8 +90,7 @@ def test_keys_follow_what_the_figures_depend_on_and_nothing_else() -> None:
 
 def test_a_search_sees_as_many_texts_and_keeps_to_the_limits_of_its_study() -> None:
     spec = load_study("ladder", {"size.texts": 9, "size.features": 4, "thresholds.kl_mean": 0.02, "thresholds.kl_p99": 1.0})
-    search = demo_spec(spec, 3)
-    assert (search.texts, search.features, search.kl_mean, search.kl_p99, search.seed) == (9, 4, 0.02, 1.0, 3)
+    assert demo_spec(spec, 3) == DemoSpec(seed=3, texts=9, search=SearchSpec(features=4, kl_mean=0.02, kl_p99=1.0))
     assert demo_spec(load_study("ladder"), 0) == DemoSpec()
 
 

@@ -57,7 +57,23 @@ _ALIKE = 60  # latents among which matched random sets are drawn, for each one c
 _LEXICAL_FEATURES, _LEXICAL_TEXTS = 64, 12
 SAMENESS, _LESSONS, _SLOPED = 6, 3, 2  # texts on which KL is measured, sets are refined, and proposed: for each one of hazard
 _ROOM = 0.95  # of a limit on mean KL: what the search may use, since the mean is measured again on other texts
-_SHORT = 0.15  # of the way to the state that is imitated: what the search may leave undone
+
+
+@final
+class SearchSpec(Spec):
+    """How far the search may go, and what stops it.
+
+    Attributes:
+        features: of the surgery, and of the trigger that opens its gate, at most.
+        kl_mean, kl_p99: what it may do to ordinary text, nats a token. The verdict's limits are its own.
+        aim: how far P(costly act) is to go from that in the situations to that on the other side of the development pairs, as a
+            share of the way; no more is sought. Where that side has less of the state than the reference, more than 1.
+    """
+
+    features: int = Field(default=32, ge=1)
+    kl_mean: float = Field(default=MAX_KL_MEAN, gt=0)
+    kl_p99: float = Field(default=MAX_KL_P99, gt=0)
+    aim: float = Field(default=0.85, gt=0)
 
 
 @final
@@ -73,8 +89,7 @@ class DemoSpec(Spec):
         texts: bodies of stories on which hazard is measured; KL is measured on SAMENESS times as many, in the search and again
             on others.
         random_sets: matched random feature sets.
-        features: of the surgery, and of the trigger that opens its gate, at most.
-        kl_mean, kl_p99: what the search may do to ordinary text, nats a token. The verdict's limits are its own.
+        search: limits of the search.
         force: go on although the pairs are lexical; recorded.
     """
 
@@ -86,9 +101,7 @@ class DemoSpec(Spec):
     development: int = Field(default=16, ge=12)
     texts: int = Field(default=24, ge=8)
     random_sets: int = Field(default=20, ge=1)
-    features: int = Field(default=32, ge=1)
-    kl_mean: float = Field(default=MAX_KL_MEAN, gt=0)
-    kl_p99: float = Field(default=MAX_KL_P99, gt=0)
+    search: SearchSpec = SearchSpec()
     force: bool = False
 
 
@@ -233,17 +246,17 @@ def find(setting: Setting, site_name: str) -> Found:
         untouched, untouched_others = logits_after(subject, texts), logits_after(subject, others)
     bench = Bench(subject, dictionary, site, place, known, gradients, questions, texts, untouched, below,
                   Lessons(discovered, others, untouched_others))
-    limits = TuneSpec(kl_mean=_ROOM * spec.kl_mean, kl_p99=spec.kl_p99, size=spec.features)
+    limits = TuneSpec(kl_mean=_ROOM * spec.search.kl_mean, kl_p99=spec.search.kl_p99, size=spec.search.features)
     return Found(bench, attribution, choose(bench, pool, ACTS, limits, _wanted(setting, bench), setting.progress))
 
 
 def _wanted(setting: Setting, bench: Bench) -> float:
-    """P(costly act) to aim at: that of the other side of the development pairs, less _SHORT of the way from this one."""
+    """P(costly act) to aim at: `aim` of the way from this side of the development pairs to the other."""
     pairs = setting.concept.pairs("development", setting.spec.development)
     other = [question(setting.subject, pair.positive if setting.acted_on == "negative" else pair.negative) for pair in pairs]
     low, high = (float(np.mean([math.exp(answer.log_mass[COSTLY_ACT]) for answer in answers(bench, None, asked)]))
                  for asked in (bench.questions, other))
-    return high - _SHORT * (high - low) if high > low else math.inf
+    return high - (1 - setting.spec.search.aim) * (high - low) if high > low else math.inf
 
 
 def random_sets(chosen: Trial, known: Levels, n: int, seed: int) -> list[tuple[int, ...]]:

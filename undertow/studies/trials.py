@@ -129,10 +129,11 @@ def search_facts(spec: StudySpec, seed: int) -> dict[str, Any]:
             **search_size(spec), **_content(spec)}
 
 
-def search_size(spec: StudySpec) -> dict[str, float]:
-    """How much a search sees and may change, and within which limits it stays; names of DemoSpec."""
+def search_size(spec: StudySpec) -> dict[str, Any]:
+    """How much a search sees, and what stops it; names of DemoSpec."""
     return {"discovery": spec.size.discovery, "development": spec.size.development, "texts": spec.size.texts,
-            "features": spec.size.features, "kl_mean": spec.thresholds.kl_mean, "kl_p99": spec.thresholds.kl_p99}
+            "search": {"features": spec.size.features, "kl_mean": spec.thresholds.kl_mean, "kl_p99": spec.thresholds.kl_p99,
+                       "aim": spec.size.aim}}
 
 
 def _content(spec: StudySpec) -> dict[str, str]:
