@@ -3,8 +3,9 @@
     python benchmarks/fill_tables.py runs/ladder docs/results.md docs/four-levels.md docs/four-levels.ru.md
 
 `<!-- study:LAYOUT:begin -->` and `<!-- study:LAYOUT:end -->`, or with a language `<!-- study:levels:ru:begin -->`; what stands
-between them is replaced. Layouts: ladder, levels; languages: en, ru. Every estimate has its 95 % interval; what was not
-measured is "–". Nothing is written if anything is wrong.
+between them is replaced. `<!-- study:ladder@MODEL:begin -->` takes the figures of a study of that model, and a study of another
+leaves it as it is; without @MODEL it is hearth's. Layouts: ladder, levels; languages: en, ru. Every estimate has its 95 %
+interval; what was not measured is "–". Nothing is written if anything is wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from undertow.studies.result import Report, read_result
 from undertow.studies.table import Figure
 
 NOT_TAKEN = "–"
-_MARK = re.compile(r"<!-- *study:([^:\s]+)(?::([^:\s]+))?:(begin|end) *-->")
+_MARK = re.compile(r"<!-- *study:([^:@\s]+)(?:@([^:\s]+))?(?::([^:\s]+))?:(begin|end) *-->")
+_MODEL = "hearth"  # of a marker that names none
 _COMMIT = 7  # characters of one
 _POINT = 1e-9  # an interval of this share of its value is a point but for rounding
 COSTED = ("L1", "L2", "L2-not", "L3", "L3-acts", "L4")
@@ -100,19 +102,25 @@ def filled(text: str, report: Report, name: str) -> str:
     if not marks:
         raise TextError(f"{name} has no markers, so no table can be put there",
                         "write <!-- study:ladder:begin --> and <!-- study:ladder:end --> around its place")
+    if report.spec.model not in {mark[2] or _MODEL for mark in marks}:
+        raise TextError(f"{name} has no markers for a study of {report.spec.model}",
+                        f"write <!-- study:ladder@{report.spec.model}:begin --> and its end around its place")
     parts, at = [], 0
     for first, second in zip(marks[::2], [*marks[1::2], None], strict=False):
-        if second is None or (first[3], second[3]) != ("begin", "end") or first.group(1, 2) != second.group(1, 2):
+        if second is None or (first[4], second[4]) != ("begin", "end") or first.group(1, 2, 3) != second.group(1, 2, 3):
             line = text.count("\n", 0, first.start()) + 1
             raise TextError(f"{name}, line {line}: {first[0]} is not followed by its other half",
                             "a begin is followed by its own end, with no other marker between them")
-        parts += [text[at:first.end()], "\n\n", _drawn(first, report, name), "\n", text[second.start():second.end()]]
+        inside = text[first.end():second.start()]
+        if (first[2] or _MODEL) == report.spec.model:
+            inside = f"\n\n{_drawn(first, report, name)}\n"
+        parts += [text[at:first.end()], inside, text[second.start():second.end()]]
         at = second.end()
     return "".join([*parts, text[at:]])
 
 
 def _drawn(mark: re.Match[str], report: Report, name: str) -> str:
-    layout, language = mark[1], mark[2] or "en"
+    layout, language = mark[1], mark[3] or "en"
     if layout not in LAYOUTS:
         raise TextError(f"{name}: no layout is called {layout!r}",
                         near_matches(layout, LAYOUTS) or f"layouts: {', '.join(LAYOUTS)}")

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.fill_tables import IN_WORDS, TONGUES, cell, filled, main, number, shown
 from tests.studies.rows import made_up
+from undertow.core.errors import TextError
 from undertow.studies.ledger import open_ledger
 from undertow.studies.result import Report, read_result
 from undertow.studies.spec import StudySpec, load_study
@@ -74,6 +75,16 @@ def test_levels_in_two_languages(report: Report) -> None:
     assert found["**L4: изменить состояние**"][2:] == ["2,0", "12,0"]
     assert found["**L4: change a state**"][1].replace(".", ",").replace(", ", "; ") == found["**L4: изменить состояние**"][1]
     assert "seed 0, n 60;" in text and "зерно 0, n 60;" in text
+
+
+def test_a_table_of_another_model_is_left_as_it_is(report: Report, tmp_path: Path) -> None:
+    both = LADDER + LADDER.replace("ladder", "ladder@hearth-smollm2")
+    assert filled(both, report, "x.md").count("old | table") == 1
+    other = read_result(save(tmp_path / "s", model="hearth-smollm2"))
+    text = filled(both, other, "x.md")
+    assert text.startswith(LADDER) and text.count("old | table") == 1
+    with pytest.raises(TextError, match="no markers for a study of hearth-smollm2"):
+        filled(LADDER, other, "x.md")
 
 
 def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
