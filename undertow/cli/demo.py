@@ -68,8 +68,7 @@ def demo(
     subject, place, dictionary = _open(model, site, sae)
     console().print(f"{subject.name} at {place}, concept {concept}, seed {seed}: "
                     + (f"the SAE {sae}" if sae else f"an SAE on {SAE_TOKENS:,} tokens")
-                    + f", then {stories} fresh stories for each of 4 arms, {_whole_time(subject, spec)}; first the gate, "
-                    + _gate_time(subject, spec), markup=False)
+                    + f", then {stories} fresh stories for each of 4 arms, {_times(subject, spec)}", markup=False)
     with Phases() as phases:
         asked = load_concept(concept, seed)
         gates, outcome = gates_of(subject, asked, spec, place)
@@ -93,25 +92,20 @@ def _packaged(model: str, site: str | None) -> str | None:
     return None if site else next((name for name in packaged_names() if name.partition("/")[0] == model), None)
 
 
-def _gate_time(subject: Subject, spec: DemoSpec) -> str:
-    """How long the gate takes, roughly: two situations a pair with all wordings of their acts."""
-    from undertow.studies.planning import speed
-    from undertow.studies.preparing import parameters
-
-    return f"about {max(1, round(2 * spec.discovery * GATE_TOKENS * 2 * parameters(subject) / speed()))} s"
-
-
-def _whole_time(subject: Subject, spec: DemoSpec) -> str:
-    """How long everything behind the gate takes, roughly, without training an SAE."""
+def _times(subject: Subject, spec: DemoSpec) -> str:
+    """How long everything takes, roughly, without training an SAE; and the gate: two situations a pair with all wordings."""
     from undertow.studies.arms import AUDITED, SAMPLED
     from undertow.studies.demo import SAMENESS
     from undertow.studies.planning import TOKENS, search_tokens, speed
     from undertow.studies.preparing import parameters
 
+    seconds = 2 * parameters(subject) / speed()  # a token
     scored = (spec.random_sets + _SCORED) * spec.scored * TOKENS["choice"]
     texts = spec.texts * len(AUDITED) * (TOKENS["words"] + SAMENESS * TOKENS["sameness"])
     tokens = search_tokens(spec.texts) + scored + texts + len(SAMPLED) * spec.stories * TOKENS["sample"]
-    return f"about {max(2, round(tokens * 2 * parameters(subject) / speed() / 60))} min in all"
+    gate = 2 * spec.discovery * GATE_TOKENS
+    return (f"about {max(2, round(tokens * seconds / 60))} min in all; first the gate, "
+            f"about {max(1, round(gate * seconds))} s")
 
 
 def _open(model: str, site: str | None, sae: str | None) -> tuple[Subject, str, Dictionary | None]:
