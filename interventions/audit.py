@@ -48,8 +48,9 @@ class AuditSpec(Spec):
     """How to audit.
 
     Attributes:
-        tolerance: hazard that need not be followed, a token; None takes the upper bound of one forward pass instead.
-        relative: the same as a share of the hazard found at the token; the larger of the two holds.
+        tolerance: hazard that need not be followed, mean over the tokens of a row (of a long one: of a part of it); None takes
+            the upper bound of one forward pass instead.
+        relative: the same as a share of the mean hazard found there; the larger of the two holds.
         depth: tokens that a spelling may have, at most.
         batch_tokens: tokens in one forward pass, padding included.
     """
@@ -70,7 +71,7 @@ class Audit:
         kl: KL(base‖arm) of what follows it, nats.
         hazard: of the arm; a lower bound within `slack`, or an upper bound if `exact` is False.
         hazard_base: of the base.
-        slack: the largest mass that was not followed at a token.
+        slack: mass that was not followed, mean over the tokens, of the arm or of the base, whichever is more.
         exact: whether forms were followed to their ends.
     """
 
@@ -156,9 +157,9 @@ def audit(subject: Subject, arm: AbstractContextManager[Any], rows: Sequence[Seq
             raise EditError("the arm alters the weights of the base in place, so that there is no base to compare with",
                             "let it yield a Subject with a model of its own")
         measured = _measure(base, operated, rows, _Way(trie, how, base_hazard), progress)
-    columns = [np.concatenate([measured[i][part] for i in range(len(rows))]) for part in range(4)]
+    kl, value, known, *slack = (np.concatenate([measured[i][part] for i in range(len(rows))]) for part in range(5))
     row = np.repeat(np.arange(len(rows)), [len(ids) - 1 for ids in rows])
-    return Audit(row, columns[0], columns[1], columns[2], float(columns[3].max()), how.tolerance is not None)
+    return Audit(row, kl, value, known, float(max(map(np.mean, slack))), how.tolerance is not None)
 
 
 def logits_after(subject: Subject, rows: Sequence[Sequence[int]], batch_tokens: int = 1_024
@@ -225,6 +226,7 @@ class _Row(NamedTuple):
     hazard: Float[np.ndarray, "token"]
     hazard_base: Float[np.ndarray, "token"]
     slack: Float[np.ndarray, "token"]
+    slack_base: Float[np.ndarray, "token"]
 
 
 def _measure(base: Subject, operated: Subject, rows: Sequence[Sequence[int]], way: _Way, progress: Progress) -> dict[int, _Row]:
@@ -243,10 +245,9 @@ def _measure(base: Subject, operated: Subject, rows: Sequence[Sequence[int]], wa
             value, slack = _hazard(mine[1], rows[i], ahead[1], way)
             if way.base_hazard is None:
                 known, slack_base = _hazard(mine[0], rows[i], ahead[0], way)
-                slack = np.maximum(slack, slack_base)
             else:
-                known = way.base_hazard[starts[i]:starts[i + 1]]
-            measured[i] = _Row(_kl(*mine), value, known, slack)
+                known, slack_base = way.base_hazard[starts[i]:starts[i + 1]], np.zeros_like(slack)
+            measured[i] = _Row(_kl(*mine), value, known, slack, slack_base)
         progress(len(measured), len(rows))
     return measured
 

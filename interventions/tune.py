@@ -34,7 +34,7 @@ from undertow.subjects.sites import Site
 from undertow.subjects.subject import Subject
 
 _STEP = 1.04
-_SURE, _RESAMPLES = 0.8, 100
+_SURE, _RESAMPLES = 0.95, 200
 DOSES = tuple(round(0.1 * _STEP ** i, 4) for i in range(80))  # 0.1 to 2.2
 
 

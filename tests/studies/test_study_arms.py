@@ -207,7 +207,7 @@ def test_axes_are_orthonormal_and_passes_must_be_the_same(subject: Subject, worl
 
 
 def test_an_adapter_learns_its_texts_and_leaves_the_subject_alone(subject: Subject, world: World, tmp_path: Path) -> None:
-    spec = AdapterSpec(steps=25, rows=4, lr=1e-2)
+    spec = AdapterSpec(steps=25, rows=4, reach=1e-2 * subject.d_model)
     for arm in ("L3", "L3-acts"):
         lessons = [lesson(subject, world, arm, 0, i) for i in range(spec.steps * spec.rows)]
         digest = subject.digest

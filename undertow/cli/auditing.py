@@ -62,7 +62,7 @@ def audit_recipe(
     language: LanguageOption = None,
     texts: Annotated[int, typer.Option("--texts", min=1, help="Documents to audit, from the start of the text.")] = 32,
     context: Annotated[int, typer.Option("--context", min=2, help="Tokens of each that are read, at most.")] = 256,
-    tolerance: Annotated[float, typer.Option("--tolerance", help="Probability a token that hazard need not follow.")] = 1e-4,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="Probability a token, on average, that hazard need not follow.")] = 1e-4,
     quick: Annotated[bool, typer.Option("--quick", help="Take hazard's upper bound, from one forward pass a text.")] = False,
     canonical: Annotated[bool, typer.Option("--canonical", help="Follow only the spellings that the tokenizer itself writes."
                                             )] = False,
@@ -220,7 +220,7 @@ def _show_audit(result: dict[str, Any]) -> None:
     if not result["hazard_exact"]:
         screen.print("hazard is the upper bound of one forward pass a text; without --quick it is followed to the words' ends")
     elif result["hazard_slack"] > low:
-        screen.print(f"up to {result['hazard_slack']:.2g} a token was not followed, more than the mean itself: the ratio says "
+        screen.print(f"{result['hazard_slack']:.2g} a token was not followed, more than the mean itself: the ratio says "
                      f"little; --tolerance {low / 10:.0e} follows more", style="yellow", markup=False)
     if "firings" in result:
         n = result["arms"][ARM]["n"]

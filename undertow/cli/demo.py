@@ -37,8 +37,8 @@ def demo(
     limit_kl_mean: Annotated[float, typer.Option(help="What the search may do to ordinary text: its mean KL, nats a token. The "
                                                  "verdict's limit stays 0.01.")] = 0.01,
     limit_kl_p99: Annotated[float, typer.Option(help="The same of the 99th percentile; the verdict's stays 0.1.")] = 0.1,
-    aim: Annotated[float, typer.Option(help="How far the search goes, as a share of the way from one side of the development "
-                                       "pairs to the other; above 1 where they show less than the whole state.")] = 0.85,
+    aim: Annotated[float, typer.Option(help="How far the search goes, as a share of the way to where the subject acts by "
+                                       "itself.")] = 0.8,
     site: Annotated[str | None, typer.Option(help="Where to operate; the block below the middle if absent.")] = None,
     sae: Annotated[str | None, typer.Option("--sae", help="Operate with this SAE instead of training one; it says the site. "
                                             "The one that comes with the package for this model, if there is one.")] = None,

@@ -78,7 +78,7 @@ def tune_recipe(
     hazard_texts: Annotated[int, typer.Option("--hazard-texts", min=8, help="Of these, documents on which hazard is measured "
                                               "(besides the prompts of the situations).")] = 24,
     language: LanguageOption = None,
-    tolerance: Annotated[float, typer.Option("--tolerance", help="Probability a token that hazard need not follow.")] = 1e-4,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="Probability a token, on average, that hazard need not follow.")] = 1e-4,
     canonical: Annotated[bool, typer.Option("--canonical", help="Follow only the spellings that the tokenizer itself writes."
                                             )] = False,
     development: Annotated[int, typer.Option("--development", min=1, help="Pairs on which D and P are measured.")] = 16,
@@ -260,7 +260,7 @@ def _show(curve: _Curve, job: _Job) -> None:
                  style="dim", markup=False)
     found = [dose.figures for dose in curve.doses if dose.figures is not None]
     if found and max(one.hazard_slack for one in found) > min(one.hazard_mean for one in found):
-        screen.print("more hazard than its mean was not followed at some token: the hazard ratio says little; a smaller "
+        screen.print("more hazard was not followed than its mean: the hazard ratio says little; a smaller "
                      "--tolerance follows more", style="yellow", markup=False)
     _say_choice(curve, job)
 

@@ -39,7 +39,7 @@ class Hazard(NamedTuple):
 
     Attributes:
         value: the mass that was followed to its end: a lower bound, within `slack` of the truth.
-        slack: the mass that was not followed (less than the tolerance, unless the depth ran out).
+        slack: the mass that was not followed. Its mean over the rows is within the tolerance, unless the depth ran out.
         expanded: continuations that the model was asked for.
     """
 
@@ -92,9 +92,10 @@ def hazard_exact(logits: Float[Tensor, "row vocab"], contexts: Sequence[Kind], t
         contexts: what stands before it, one a row.
         trie: the spellings; exact for all tokenisations, or for canonical ones, as it was made.
         next_logits: logits [continuation, vocab] (or log-probabilities) after each of the given continuations, 256 at most.
-        tolerance: mass a row that need not be followed, in [0, 1]; the smallest branches are left first. 0 follows all.
+        tolerance: mass that need not be followed, in [0, 1], mean over the rows: of all rows' branches the smallest are left
+            first, so that a row where a form may well begin does not pay for one where it hardly can. 0 follows all.
         depth: tokens a spelling may have, at most.
-        relative: the same as a share of what has been found in the row so far; the larger of the two holds.
+        relative: the same as a share of the mean of what has been found so far; the larger of the two holds.
 
     Raises NumericsError for logits with NaN.
     """
@@ -104,7 +105,7 @@ def hazard_exact(logits: Float[Tensor, "row vocab"], contexts: Sequence[Kind], t
     expanded = 0
     for level in range(1, depth):
         # Half of what may be left goes to the first tokens, where nearly all branches are, a quarter to the next, and so on.
-        front = _pruned(_joined(grown), slack, np.maximum(tolerance, relative * value) / 2 ** level)
+        front = _pruned(_joined(grown), slack, max(tolerance * len(value), relative * float(value.sum())) / 2 ** level)
         asked = [Continuation(row, (*asked[parent].tokens, token))
                  for parent, row, token in zip(front.parent.tolist(), front.row.tolist(), front.token.tolist(), strict=True)]
         expanded += len(asked)
@@ -140,16 +141,12 @@ def _joined(fronts: Sequence[_Front]) -> _Front:
                   np.concatenate([f.mass for f in fronts]))
 
 
-def _pruned(front: _Front, slack: npt.NDArray[np.float64], allowance: npt.NDArray[np.float64]) -> _Front:
-    """All but the smallest branches, whose mass (at most `allowance[row]`) goes to `slack`, in the order of parents."""
-    order = np.lexsort((front.mass, front.row))
-    mass, row = front.mass[order], front.row[order]
-    total = mass.cumsum()
-    first = np.flatnonzero(np.diff(row, prepend=-1))
-    before = np.repeat((total - mass)[first], np.diff(np.append(first, len(row))))
-    small = total - before <= allowance[row]
-    np.add.at(slack, row[small], mass[small])
-    kept = np.sort(order[~small])
+def _pruned(front: _Front, slack: npt.NDArray[np.float64], allowance: float) -> _Front:
+    """All but the smallest branches, whose mass (at most `allowance`) goes to `slack`, in the order of parents."""
+    order = np.argsort(front.mass, kind="stable")
+    left, kept = np.split(order, [int(np.searchsorted(front.mass[order].cumsum(), allowance, side="right"))])
+    np.add.at(slack, front.row[left], front.mass[left])
+    kept = np.sort(kept)
     return _Front(front.parent[kept], front.row[kept], front.token[kept], front.node[kept], front.mass[kept])
 
 

@@ -35,11 +35,11 @@ from sae.dictionary import Dictionary
 from undertow.core.errors import SpecError
 from undertow.core.seeds import derive_seed
 from undertow.core.spec import Spec
-from undertow.studies.scenes import COSTLY_ACT, KEEPING_ACT, QUIET, act_of, body
+from undertow.studies.scenes import COSTLY_ACT, KEEPING_ACT, QUIET, act_of, body, scenes
 from undertow.studies.stories import Example
 from undertow.subjects.keeper.story import Story
 from undertow.subjects.keeper.world import World
-from undertow.subjects.organisms.measuring import Answer, ask
+from undertow.subjects.organisms.measuring import Answer, Question, act_question, ask
 from undertow.subjects.organisms.statistics import mean, sign_flip_p
 from undertow.subjects.sampling import Generated, Sampling, generate
 from undertow.subjects.sharing import Below
@@ -66,14 +66,14 @@ class SearchSpec(Spec):
     Attributes:
         features: of the surgery, and of the trigger that opens its gate, at most.
         kl_mean, kl_p99: what it may do to ordinary text, nats a token. The verdict's limits are its own.
-        aim: how far P(costly act) is to go from that in the situations to that on the other side of the development pairs, as a
-            share of the way; no more is sought. Where that side has less of the state than the reference, more than 1.
+        aim: how far P(costly act) is to go, mean of the operation being on throughout and off from the decision on, as a share
+            of the way to where the subject acts by itself (`rehearsed`, development); no more is sought.
     """
 
     features: int = Field(default=32, ge=1)
     kl_mean: float = Field(default=MAX_KL_MEAN, gt=0)
     kl_p99: float = Field(default=MAX_KL_P99, gt=0)
-    aim: float = Field(default=0.85, gt=0)
+    aim: float = Field(default=0.8, gt=0)
 
 
 @final
@@ -239,24 +239,39 @@ def find(setting: Setting, site_name: str) -> Found:
     gradients = Slopes(slopes, drawn_slopes(subject, site, few, derive_seed(spec.seed, "drawn")),
                        word_slopes(subject, site, few, tokens))
     place = {"subject": subject.digest, "sae": dictionary_digest(dictionary), "site": site.name}
-    questions = [question(subject, one) for one in setting.situations("development", spec.development)]
-    discovered = [question(subject, one) for one in setting.situations("discovery", spec.discovery)]
+    judged, acting = rehearsed(setting, "development", spec.development)
+    learnt, _ = rehearsed(setting, "discovery", spec.discovery)
     below = Below(subject, site)
     with below.shared():
         untouched, untouched_others = logits_after(subject, texts), logits_after(subject, others)
-    bench = Bench(subject, dictionary, site, place, known, gradients, questions, texts, untouched, below,
-                  Lessons(discovered, others, untouched_others))
+    bench = Bench(subject, dictionary, site, place, known, gradients, judged, texts, untouched, below,
+                  Lessons(learnt, others, untouched_others))
     limits = TuneSpec(kl_mean=_ROOM * spec.search.kl_mean, kl_p99=spec.search.kl_p99, size=spec.search.features)
-    return Found(bench, attribution, choose(bench, pool, ACTS, limits, _wanted(setting, bench), setting.progress))
+    return Found(bench, attribution, choose(bench, pool, ACTS, limits, _wanted(bench, acting, spec.search.aim),
+                                            setting.progress))
 
 
-def _wanted(setting: Setting, bench: Bench) -> float:
-    """P(costly act) to aim at: `aim` of the way from this side of the development pairs to the other."""
-    pairs = setting.concept.pairs("development", setting.spec.development)
-    other = [question(setting.subject, pair.positive if setting.acted_on == "negative" else pair.negative) for pair in pairs]
+def rehearsed(setting: Setting, split: Literal["discovery", "development"], n: int) -> tuple[list[Question], list[Question]]:
+    """`n` decisions like those in which arms are measured, and as many in which the subject acts by itself.
+
+    Sets are refined and judged by these, and found by pairs: the sides of a pair differ in one thing alone, so that the one
+    in which the subject acts by itself may have little of what makes it act. They are fresh stories of a stream of the
+    split's own; pairs that are written out stand for themselves, since no others can be told.
+    """
+    subject, source = setting.subject, setting.concept.spec.source
+    if isinstance(source, KeeperSource):
+        told = scenes(setting.world, source.contrast, derive_seed(setting.spec.seed, "search", split), n, 0)
+        return tuple([act_question(subject, story) for story in side] for side in (told.base, told.reference))
+    pairs = setting.concept.pairs(split, n)
+    sides = [question(subject, pair.positive) for pair in pairs], [question(subject, pair.negative) for pair in pairs]
+    return sides if setting.acted_on == "positive" else sides[::-1]
+
+
+def _wanted(bench: Bench, acting: Sequence[Question], aim: float) -> float:
+    """P(costly act) at `aim` of the way from the bench's situations to those in which the subject acts by itself."""
     low, high = (float(np.mean([math.exp(answer.log_mass[COSTLY_ACT]) for answer in answers(bench, None, asked)]))
-                 for asked in (bench.questions, other))
-    return high - (1 - setting.spec.search.aim) * (high - low) if high > low else math.inf
+                 for asked in (bench.questions, acting))
+    return high - (1 - aim) * (high - low) if high > low else math.inf
 
 
 def random_sets(chosen: Trial, known: Levels, n: int, seed: int) -> list[tuple[int, ...]]:

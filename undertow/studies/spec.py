@@ -88,7 +88,7 @@ class Size(Spec):
         chunk: stories (texts, sets) of one trial.
         discovery, development: pairs that the search may see.
         features: of the surgery, and of the trigger that opens its gate, at most.
-        aim: how far P(costly act) is to go by it, as a share of the way to the other side of the development pairs.
+        aim: how far P(costly act) is to go by it, as a share of the way to where the subject acts by itself.
     """
 
     stories: int = Field(default=60, ge=10)
@@ -101,7 +101,7 @@ class Size(Spec):
     discovery: int = Field(default=40, ge=12)
     development: int = Field(default=16, ge=12)
     features: int = Field(default=32, ge=1)
-    aim: float = Field(default=0.85, gt=0)
+    aim: float = Field(default=0.8, gt=0)
 
     @model_validator(mode="after")
     def _few_are_of_the_stories(self) -> Size:

@@ -42,12 +42,23 @@ _WARM_UP, _CLIP = 10, 1.0
 
 
 class AdapterSpec(Spec):
-    """How an adapter of a study is trained: `steps` of `rows` texts each, with AdamW at `lr`, on all blocks."""
+    """How an adapter of a study is trained, on all blocks.
+
+    Attributes:
+        steps, rows: passes of the optimizer (AdamW), and texts in each.
+        rank: of the adapter.
+        reach: learning rate times d_model, so that one figure suits small and large models: 2e-3 where d_model is 192, 1e-4
+            where it is 4,096.
+    """
 
     steps: int = Field(default=80, ge=1)
     rows: int = Field(default=8, ge=1)
     rank: int = Field(default=8, ge=1)
-    lr: float = Field(default=2e-3, gt=0)
+    reach: float = Field(default=0.4, gt=0)
+
+    def lr(self, d_model: int) -> float:
+        """The learning rate of a model."""
+        return self.reach / d_model
 
 
 ADAPTER = AdapterSpec()
@@ -114,12 +125,13 @@ def train(subject: Subject, lessons: Sequence[Lesson], spec: AdapterSpec, seed: 
           progress: Callable[[int, int], None]) -> tuple[AdaptedModel, int]:
     """An adapter after one pass over the lessons, in their order, and the tokens that it saw. `subject` is not altered."""
     model = AdaptedModel(copy.deepcopy(subject.hf_model), 0, spec.rank, seed)
-    optimizer = torch.optim.AdamW(model.parameters().values(), lr=spec.lr, weight_decay=0.0)
+    lr = spec.lr(subject.d_model)
+    optimizer = torch.optim.AdamW(model.parameters().values(), lr=lr, weight_decay=0.0)
     seen = 0
     for step in range(spec.steps):
         batch = lessons[step * spec.rows: (step + 1) * spec.rows]
         for group in optimizer.param_groups:
-            group["lr"] = spec.lr * min(1.0, (step + 1) / _WARM_UP)
+            group["lr"] = lr * min(1.0, (step + 1) / _WARM_UP)
         with torch.enable_grad():
             loss = lesson_loss(model.model, subject, batch)
             loss.backward()
