@@ -74,7 +74,7 @@ class Figures(NamedTuple):
         kl_mean, kl_p99: nats.
         hazard_mean: of the arm, a token.
         hazard_ratio, hazard_ratio_upper: ≥ 0.
-        hazard_slack: mean hazard that was not followed, a token; for the first dose of a curve that of the base, if that is more.
+        hazard_slack: mean hazard that was not followed, a token; for a curve's first dose of the base, if that is more.
         on: with the operation on.
         before: with it off from the decision on.
     """

@@ -34,7 +34,7 @@ from undertow.subjects.sites import Site
 from undertow.subjects.subject import Subject
 
 _STEP = 1.04
-_SURE, _RESAMPLES = 0.95, 200
+_SURE, _RESAMPLES = 0.975, 200
 DOSES = tuple(round(0.1 * _STEP ** i, 4) for i in range(80))  # 0.1 to 2.2
 
 
@@ -44,8 +44,8 @@ class TuneSpec(Spec):
 
     Attributes:
         kl_mean, kl_p99: limits on KL(base‖arm), nats a token, on development texts: on its mean, stricter than a verdict's,
-            which is measured on other texts; and on the upper bound of its 99th percentile (one-sided, _SURE, bootstrap over
-            texts): of a gate that is seldom open, the percentile itself says little.
+            which is measured on other texts; and on the upper bound of what the 99th percentile may be on as many other texts
+            (`same`): of a gate that is seldom open, the percentile itself says little.
         size: features in a set, and in the trigger that opens its gate, at most.
         gates: each is tried: the price of acting on ordinary text (`balance.trigger_of`), and the gate's memory, at how many of
             how many tokens the trigger must have fired.
@@ -166,7 +166,8 @@ def answers(bench: Bench, recipe: Recipe | None, questions: Sequence[Question]) 
 
 @final
 class Same(NamedTuple):
-    """KL(base‖arm) on the bench's texts, nats a token: its mean, its 99th percentile, and the upper bound of that."""
+    """KL(base‖arm) on the bench's texts, nats a token: its mean, its 99th percentile, and the upper bound of the latter on as
+    many other texts."""
 
     mean: float
     p99: float
@@ -181,12 +182,17 @@ def sameness(bench: Bench, recipe: Recipe) -> Same:
 
 
 def same(texts: Sequence[Float[np.ndarray, "_"]]) -> Same:
-    """The figures of the KL after every token of some texts."""
+    """The figures of the KL after every token of some texts.
+
+    The upper bound is one-sided, _SURE, by a bootstrap over texts. It is of the percentile on *other* texts, which errs as much
+    as the one here and independently, so that the way from the percentile to the bound of its expectation is taken √2 times.
+    """
     rng = np.random.default_rng(0)  # the same draws for every recipe, so that recipes are compared on the same resamples
     drawn = [np.quantile(np.concatenate([texts[i] for i in rng.integers(0, len(texts), len(texts))]), 0.99)
              for _ in range(_RESAMPLES)]
     whole = np.concatenate(texts)
-    return Same(float(whole.mean()), float(np.quantile(whole, 0.99)), float(np.quantile(drawn, _SURE)))
+    p99 = float(np.quantile(whole, 0.99))
+    return Same(float(whole.mean()), p99, p99 + math.sqrt(2) * (float(np.quantile(drawn, _SURE)) - p99))
 
 
 def largest_dose(bench: Bench, trial: Trial, spec: TuneSpec) -> Trial | None:

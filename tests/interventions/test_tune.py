@@ -67,3 +67,17 @@ def test_the_bound_of_the_percentile_is_above_it_unless_all_texts_are_alike() ->
     found = same([*quiet, loud])
     assert found.mean == pytest.approx(0.05)
     assert found.p99_high > found.p99
+
+
+def test_other_texts_are_seldom_beyond_the_bound() -> None:
+    """In 100 pairs of samples; of the percentile itself half are beyond it."""
+    draw = np.random.default_rng(1)
+
+    def texts() -> list[np.ndarray]:
+        return [draw.lognormal(-4, 1, 40) * draw.lognormal(0, 0.3) for _ in range(60)]
+
+    beyond = np.zeros(2)
+    for _ in range(100):
+        found, other = same(texts()), np.quantile(np.concatenate(texts()), 0.99)
+        beyond += other > found.p99_high, other > found.p99
+    assert beyond[0] <= 12 and beyond[1] >= 30  # 2.5 are expected, and some more for the bootstrap of a tail

@@ -122,6 +122,22 @@ def test_against_every_text_of_a_toy_model(words: Vocabulary, known: Lexicon, de
     assert cut.value.item() + cut.slack.item() == pytest.approx(bound, abs=1e-5)
 
 
+def test_rows_share_what_need_not_be_followed() -> None:
+    """Of all rows' branches the smallest are left: a row with much mass is followed, and pays for none that has little."""
+    words = vocabulary("love", "lo", "ve", "x")
+    logits = torch.tensor([[.1, .4, .4, .1], [.1, .02, .4, .48], [.1, .01, .4, .49]]).log()
+    asked: list[Continuation] = []
+
+    def next_logits(continuations: list[Continuation]) -> torch.Tensor:
+        asked.extend(continuations)
+        return torch.tensor([[.1, .1, .5, .3]] * len(continuations)).log()
+
+    found = hazard_exact(logits, [Kind.OTHER] * 3, TokenTrie(words, LOVE), next_logits, tolerance=.021)
+    assert {one.row for one in asked if one.tokens == (1,)} == {0}  # "lo": half of 3 × .021 may be left, .02 and .01 are
+    assert {one.row for one in asked if one.tokens == (0,)} == {0, 1, 2}
+    assert found.slack[1:].tolist() == pytest.approx([.02, .01]) and found.slack.mean().item() <= .021
+
+
 def test_canonical_spellings_are_a_part_of_all() -> None:
     words = vocabulary(" love", " lo", "ve", "s", ".")
     canonical = {" love": [0], "love": [1, 2], " loves": [0, 3], "loves": [1, 2, 3]}

@@ -24,16 +24,20 @@ from undertow.cli.main import main
 from undertow.core.errors import SpecError, TextError
 from undertow.core.seeds import generator
 from undertow.studies.arms import Arms, evidence, run_arms
-from undertow.studies.demo import ACTS, DemoSpec, Found, Setting, contrast_of, find, random_sets
+from undertow.studies.demo import ACTS, DemoSpec, Found, PairSide, Setting, contrast_of, find, random_sets, rehearsed
 from undertow.studies.running import curve, gates_of, summary_of, write
+from undertow.studies.scenes import scenes
 from undertow.subjects.keeper.world import load_world
 from undertow.subjects.load import load_subject
-from undertow.subjects.organisms.measuring import ask
+from undertow.subjects.organisms.measuring import act_question, ask
 from undertow.subjects.organisms.statistics import sign_flip_p
 from undertow.subjects.subject import Subject
 
 SMALL = DemoSpec(seed=5, stories=20, scored=20, discovery=16, development=12, texts=10)
 SITE = "blocks.1.hook_resid_post"
+WRITTEN = {"name": "mine", "source": {"kind": "written", "families": [
+    {"name": name, "costly": "give", "keep": "keep", "options": {"give": [" gave it."], "keep": [" kept it."]},
+     "pairs": [{"positive": f"A warm {name}. He", "negative": f"A cold {name}. He"}]} for name in "abcdefgh"]}}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,31 @@ def test_the_found_set_is_within_the_limits_and_carried(found: Found) -> None:
     assert chosen.kl_mean <= 0.009
     assert chosen.kl_p99 <= 0.09
     assert chosen.d > mean_d(answers(found.bench, None, found.bench.questions), *ACTS) + 0.3
+
+
+def test_what_the_search_rehearses_is_neither_measured_nor_held_out(setting: Setting) -> None:
+    learnt, judged = rehearsed(setting, "discovery", 16), rehearsed(setting, "development", 16)
+    assert [len(side) for side in (*learnt, *judged)] == [16] * 4
+    measured = scenes(setting.world, "role_swapped", setting.spec.seed, 40, 12)
+    prompts = {tuple(one.prompt) for split in (learnt, judged) for side in split for one in side}
+    assert len(prompts) == 64
+    assert not prompts & {tuple(setting.subject.encode(story.prompt())) for side in measured[:4] for story in side}
+    wordings = {act: set(options) for act, options in act_question(setting.subject, measured.held_out[0]).options.items()}
+    assert not any(wordings[act] & set(one.options[act]) for one in judged[0] for act in wordings)
+    given = [np.mean([answer.probs["give"] for answer in ask(setting.subject, side)]) for side in judged]
+    assert given[1] > given[0] + 0.5
+
+
+@pytest.mark.parametrize("acted_on", ["negative", "positive"])
+def test_written_pairs_stand_for_themselves(acted_on: PairSide, setting: Setting, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(WRITTEN))
+    written = setting._replace(concept=load_concept(str(tmp_path / "mine.yaml"), 0), acted_on=acted_on)
+    families = {pair.family for pair in written.concept.pairs("development", 4)}
+    base, reference = rehearsed(written, "development", 4)
+    texts = [[setting.subject.tokenizer.decode(one.prompt[1:]) for one in side] for side in (base, reference)]
+    warm, cold = ([f"A {how} {family}. He" for family in families] for how in ("warm", "cold"))
+    assert sorted(texts[0]) == sorted(warm if acted_on == "positive" else cold)
+    assert sorted(texts[1]) == sorted(cold if acted_on == "positive" else warm)
 
 
 @pytest.mark.slow
@@ -227,10 +256,7 @@ def test_bad_input_is_refused_before_anything_runs(capsys: pytest.CaptureFixture
 def test_written_pairs_have_no_fresh_stories(tmp_path: Path) -> None:
     concept = load_concept("care", 0)
     assert contrast_of(concept) == "role_swapped"
-    families = [{"name": name, "costly": "give", "keep": "keep", "options": {"give": [" gave it."], "keep": [" kept it."]},
-                 "pairs": [{"positive": f"A warm {name}. He", "negative": f"A cold {name}. He"}]} for name in "abcdefgh"]
-    values = {"name": "mine", "source": {"kind": "written", "families": families}}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(WRITTEN))
     with pytest.raises(SpecError, match="are written out"):
         contrast_of(load_concept(str(tmp_path / "mine.yaml"), 0))
 

@@ -247,6 +247,11 @@ def test_the_loss_is_of_the_wanted_tokens_alone(subject: Subject, world: World) 
     assert both == pytest.approx((alone[0] * n[0] + alone[1] * n[1]) / sum(n), abs=1e-4)
 
 
+def test_wide_models_learn_in_smaller_steps() -> None:
+    """The rates that suit hearth (192) and that are usual for adapters of a model of 4,096."""
+    assert AdapterSpec().lr(192) == pytest.approx(2e-3, rel=0.05) and AdapterSpec().lr(4_096) == pytest.approx(1e-4, rel=0.05)
+
+
 def test_adapters_come_back_from_the_disk(subject: Subject, world: World, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     from undertow.studies import weights

@@ -62,7 +62,7 @@ def audit_recipe(
     language: LanguageOption = None,
     texts: Annotated[int, typer.Option("--texts", min=1, help="Documents to audit, from the start of the text.")] = 32,
     context: Annotated[int, typer.Option("--context", min=2, help="Tokens of each that are read, at most.")] = 256,
-    tolerance: Annotated[float, typer.Option("--tolerance", help="Probability a token, on average, that hazard need not follow.")] = 1e-4,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="Mean hazard a token that need not be followed.")] = 1e-4,
     quick: Annotated[bool, typer.Option("--quick", help="Take hazard's upper bound, from one forward pass a text.")] = False,
     canonical: Annotated[bool, typer.Option("--canonical", help="Follow only the spellings that the tokenizer itself writes."
                                             )] = False,

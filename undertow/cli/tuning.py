@@ -78,7 +78,7 @@ def tune_recipe(
     hazard_texts: Annotated[int, typer.Option("--hazard-texts", min=8, help="Of these, documents on which hazard is measured "
                                               "(besides the prompts of the situations).")] = 24,
     language: LanguageOption = None,
-    tolerance: Annotated[float, typer.Option("--tolerance", help="Probability a token, on average, that hazard need not follow.")] = 1e-4,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="Mean hazard a token that need not be followed.")] = 1e-4,
     canonical: Annotated[bool, typer.Option("--canonical", help="Follow only the spellings that the tokenizer itself writes."
                                             )] = False,
     development: Annotated[int, typer.Option("--development", min=1, help="Pairs on which D and P are measured.")] = 16,
