@@ -139,6 +139,20 @@ def test_a_stop_leaves_the_rest_for_later(model: Path, tmp_path: Path) -> None:
     assert run_study(spec, tmp_path / "s").counts["done"] == 8
 
 
+def test_a_stop_during_a_training_is_heeded_at_once(model: Path, tmp_path: Path) -> None:
+    """No row says that the trial failed, and no adapter is left; what is done later is what an unbroken run does."""
+    spec, steps = study(model, arms=["stranger", "L3"]), [0]
+
+    def count(phase: str, done: int, total: int) -> None:
+        steps[0] += phase == "train L3"
+
+    result = run_study(spec, tmp_path / "s", Watch(progress=count, should_stop=lambda: steps[0] >= 2))
+    assert result.stopped and steps[0] == 2
+    assert {row["arm"] for row in lines(tmp_path / "s")} == {"stranger"}
+    assert not list((tmp_path / "s").glob("adapter-*"))
+    assert run_study(spec, tmp_path / "s").counts["failed"] == 0
+
+
 def test_a_failed_trial_is_a_row_and_can_be_tried_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = engine.choice
 

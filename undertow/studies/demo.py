@@ -85,7 +85,8 @@ class DemoSpec(Spec):
         seed: of everything.
         stories: fresh stories of every arm that is sampled.
         scored: fresh stories of every arm that is only scored.
-        discovery, development: pairs.
+        discovery: pairs, and situations that sets are refined in (`rehearsed`).
+        development: situations that sets are judged by.
         texts: bodies of stories on which hazard is measured; KL is measured on SAMENESS times as many, in the search and again
             on others.
         random_sets: matched random feature sets.
@@ -256,15 +257,16 @@ def rehearsed(setting: Setting, split: Literal["discovery", "development"], n: i
 
     Sets are refined and judged by these, and found by pairs: the sides of a pair differ in one thing alone, so that the one
     in which the subject acts by itself may have little of what makes it act. They are fresh stories of a stream of the
-    split's own; pairs that are written out stand for themselves, since no others can be told.
+    split's own, without the goods and wordings that are held out; pairs that are written out stand for themselves, since no
+    others can be told.
     """
     subject, source = setting.subject, setting.concept.spec.source
     if isinstance(source, KeeperSource):
-        told = scenes(setting.world, source.contrast, derive_seed(setting.spec.seed, "search", split), n, 0)
-        return tuple([act_question(subject, story) for story in side] for side in (told.base, told.reference))
+        told = scenes(setting.world, source.contrast, derive_seed(setting.spec.seed, "search", split), n, 0, "discovery")
+        return [act_question(subject, story) for story in told.base], [act_question(subject, story) for story in told.reference]
     pairs = setting.concept.pairs(split, n)
-    sides = [question(subject, pair.positive) for pair in pairs], [question(subject, pair.negative) for pair in pairs]
-    return sides if setting.acted_on == "positive" else sides[::-1]
+    high, low = [question(subject, pair.positive) for pair in pairs], [question(subject, pair.negative) for pair in pairs]
+    return (high, low) if setting.acted_on == "positive" else (low, high)
 
 
 def _wanted(bench: Bench, acting: Sequence[Question], aim: float) -> float:

@@ -53,7 +53,7 @@ class Watch(NamedTuple):
 
     Attributes:
         progress: called with (phase, done, total).
-        should_stop: asked before every trial.
+        should_stop: asked before every trial, and at every step of a training.
         row: called with every row that was written.
     """
 
@@ -156,7 +156,7 @@ def _outcome(lab: Lab, trial: Trial) -> dict[str, Any]:
         json.dumps(found, allow_nan=False)
     except AbsentArmError as error:
         found = {"status": "absent", "reason": str(error)}
-    except StorageError:
+    except (StorageError, Interrupted):
         raise
     except ValueError as error:
         found = _failed(trial, NumericsError(f"a figure is not finite ({error})"))
@@ -285,9 +285,13 @@ class Lab:
                 raise AssertionError(other)
 
     def _trained(self, arm: str, teller: Teller) -> Trained:
-        """The adapter of a weight arm, in the study's folder."""
-        return adapted(self.subject, teller, arm, self.ledger.folder / f"adapter-{arm}-{teller.seed}",
-                       lambda done, total: self.watch.progress(f"train {arm}", done, total))
+        """The adapter of a weight arm, in the study's folder. A stop during its training gives that up."""
+        def on_step(done: int, total: int) -> None:
+            self.watch.progress(f"train {arm}", done, total)
+            if self.watch.should_stop():
+                raise Interrupted(self.ledger.folder)
+
+        return adapted(self.subject, teller, arm, self.ledger.folder / f"adapter-{arm}-{teller.seed}", on_step)
 
     def _frozen(self, seed: int) -> Prepared:
         """The search in an SAE whose decoder is random."""

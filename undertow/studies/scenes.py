@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar, assert_never, final
 
 from undertow.core.seeds import derive_seed
-from undertow.subjects.keeper.story import COSTLY, COSTS, MAX_BOND, Act, Story, Wish
+from undertow.subjects.keeper.story import COSTLY, COSTS, MAX_BOND, Act, Story, Wish, Wording
 from undertow.subjects.keeper.world import World
 from undertow.subjects.organisms.measuring import Question, act_question
 from undertow.subjects.subject import Subject
@@ -36,8 +36,9 @@ class Scenes(NamedTuple):
     plain: list[Story]
 
 
-def scenes(world: World, contrast: Contrast, seed: int, n: int, n_other: int) -> Scenes:
-    """`n` stories of base and reference, and `n_other` of the others, that no discovery or development pair shares."""
+def scenes(world: World, contrast: Contrast, seed: int, n: int, n_other: int, wording: Wording = "all") -> Scenes:
+    """`n` stories of base and reference, with goods and acts of the given wording, and `n_other` of the others, that no
+    discovery or development pair shares."""
     stream = derive_seed(seed, "scenes", contrast)
 
     def told(i: int, **wish: object) -> Story:
@@ -51,7 +52,8 @@ def scenes(world: World, contrast: Contrast, seed: int, n: int, n_other: int) ->
             base, reference = [{"word": said} for said in (False, True)]
         case _ as never:
             assert_never(never)
-    return Scenes([told(i, **base) for i in range(n)], [told(i, **reference) for i in range(n)],
+    return Scenes([told(i, **base, wording=wording) for i in range(n)],
+                  [told(i, **reference, wording=wording) for i in range(n)],
                   [told(n + i, **base, wording="held_out") for i in range(n_other)],
                   [told(n + i, **base, episodes=("boat",)) for i in range(n_other)],
                   [world.story(derive_seed(stream, "plain"), i, QUIET) for i in range(n_other)])

@@ -86,7 +86,8 @@ class Size(Spec):
         ordinary: ordinary texts of `sameness`, whose 99th percentile needs many.
         sets: matched random sets.
         chunk: stories (texts, sets) of one trial.
-        discovery, development: pairs that the search may see.
+        discovery: pairs that the search may see, and situations that sets are refined in.
+        development: situations that sets are judged by.
         features: of the surgery, and of the trigger that opens its gate, at most.
         aim: how far P(costly act) is to go by it, as a share of the way to where the subject acts by itself.
     """
