@@ -49,7 +49,7 @@ bench: .venv/stamp
 # The tables of figures in the documentation, from the studies in runs/ladder and runs/ladder-hs2 (docs/results.md).
 tables: .venv/stamp
 	$(BIN)/python benchmarks/fill_tables.py runs/ladder docs/results.md docs/four-levels.md docs/four-levels.ru.md
-	$(BIN)/python benchmarks/fill_tables.py runs/ladder-hs2 docs/results.md
+	$(BIN)/python benchmarks/fill_tables.py runs/ladder-hs2 docs/results.md docs/four-levels.md docs/four-levels.ru.md
 
 # The pictures of docs/dashboard.md. Needs a finished demo under runs/, another SAE there to compare with, and Chromium.
 screenshots: .venv/stamp

@@ -187,17 +187,17 @@ def test_without_its_lexical_arm_nothing_is_claimed(judged: tuple[Evidence, dict
 
 @pytest.mark.slow
 def test_a_recipe_with_the_features_of_the_word_is_said(setting: Setting, found: Found, arms: Arms) -> None:
-    """The same operation with the lexical arm's features added, everywhere and half as high again: it moves acts, and says."""
+    """The same operation with the lexical arm's features under its gate: it moves acts, and says."""
     chosen, lexical = found.trials[-1], arms.recipes["lexical"]
     high = found.bench.known.high.copy()
     for edit in lexical.edits:
-        high[edit.latent] = 1.5 * edit.operator.value / chosen.dose  # pyright: ignore[reportAttributeAccessIssue]
+        high[edit.latent] = edit.operator.value / chosen.dose  # pyright: ignore[reportAttributeAccessIssue]
     bench = found.bench._replace(known=found.bench.known._replace(high=high))
-    both = (*chosen.latents, *(edit.latent for edit in lexical.edits if edit.latent not in chosen.latents))
-    spoken = Trial(both, (), chosen.dose, float("nan"), float("nan"), float("nan"))
+    added = tuple(edit.latent for edit in lexical.edits if edit.latent not in chosen.latents)
+    spoken = chosen._replace(latents=(*chosen.latents, *added), weights=(*chosen.weights, *(1.0 for _ in added)))
     facts, _ = evidence(setting, run_arms(setting, bench, spoken), {"met": True})
-    found_verdict = verdict(facts)
-    assert found_verdict.verdict == "said", found_verdict
+    judgement = verdict(facts)
+    assert judgement.verdict == "said" and "hazard" in judgement.reason, judgement
 
 
 def test_random_sets_are_matched_and_never_the_chosen(found: Found) -> None:
@@ -262,8 +262,7 @@ def test_written_pairs_have_no_fresh_stories(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [101, pytest.param(202, marks=pytest.mark.xfail(
-    strict=False, reason="KL p99 is 0.101 on fresh texts: the search's bound on it is sure to 80 % only")), 303])
+@pytest.mark.parametrize("seed", [101, 202, 303])
 def test_hearth_is_moved_unsaid(seed: int, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     answer = runner(capsys, "demo")("--seed", seed, "--out", tmp_path / "demo", "--json")
     assert answer.code == 0
