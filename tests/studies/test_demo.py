@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from features.carried import Levels
 from features.concepts import load_concept
 from features.contrast import Families, sign_flip_max
 from interventions.tune import Trial, answers, mean_d, question
@@ -211,6 +212,16 @@ def test_random_sets_are_matched_and_never_the_chosen(found: Found) -> None:
         drawn = np.array([one[place] for one in sets])
         assert np.median(np.abs(np.log(rate[drawn] / rate[latent]))) < np.median(
             np.abs(np.log(rate[rate > 0] / rate[latent])))
+
+
+def test_latents_that_are_all_alike_still_have_random_sets() -> None:
+    """70 latents of one firing rate, 60 being drawn among: no draw of all at once is without a latent twice."""
+    known = Levels(*(np.ones(200) for _ in Levels._fields))
+    chosen = Trial(tuple(range(70)), (), 1.0, 0.0, 0.0, 0.0)
+    sets = random_sets(chosen, known, 3, 0)
+    assert [len(set(drawn) - set(chosen.latents)) for drawn in sets] == [70] * 3 and len(set(sets)) == 3
+    with pytest.raises(SpecError, match="60 latents besides the 140 chosen ones"):
+        random_sets(chosen._replace(latents=tuple(range(140))), known, 3, 0)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

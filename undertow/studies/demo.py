@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from scipy.optimize import nnls
 
@@ -53,7 +53,7 @@ TOLERANCE, RELATIVE = 3e-5, 0.02  # of hazard, which is some 1e-4 on ordinary te
 MIN_REFERENCE = 0.1
 _BATCH = 50
 _LEVEL = 0.01
-_ALIKE = 60  # latents among which matched random sets are drawn, for each one chosen
+_ALIKE, _TRIES = 60, 200  # latents among which matched random sets are drawn, for each one chosen; and how often anew
 _LEXICAL_FEATURES, _LEXICAL_TEXTS = 64, 12
 SAMENESS, _LESSONS, _SLOPED = 6, 3, 2  # texts on which KL is measured, sets are refined, and proposed: for each one of hazard
 _ROOM = 0.95  # of a limit on mean KL: what the search may use, since the mean is measured again on other texts
@@ -277,19 +277,32 @@ def _wanted(bench: Bench, acting: Sequence[Question], aim: float) -> float:
 
 
 def random_sets(chosen: Trial, known: Levels, n: int, seed: int) -> list[tuple[int, ...]]:
-    """`n` sets of latents that fire about as often and as strongly as the chosen ones, none of them chosen."""
+    """`n` sets of latents that fire about as often and as strongly as the chosen ones, none of them chosen.
+
+    A set is drawn anew until its latents differ. Where too many of the chosen are alike for that, each is drawn from the
+    nearest that are left. Raises SpecError if there are fewer live latents than a set needs.
+    """
     facts = np.log(np.maximum(np.column_stack([known.rate, known.high]), 1e-9))
     live = np.setdiff1d(np.flatnonzero(known.rate > 0), chosen.latents)
+    if len(live) < len(chosen.latents):
+        raise SpecError(f"{len(live)} latents besides the {len(chosen.latents)} chosen ones fire at all, too few for a random "
+                        "set as large", "fewer features, or a wider SAE")
     facts = facts / np.maximum(facts[live].std(axis=0), 1e-9)
-    pools = [live[np.argsort(np.square(facts[live] - facts[latent]).sum(axis=1), kind="stable")[:_ALIKE]]
-             for latent in chosen.latents]
+    nearest = [live[np.argsort(np.square(facts[live] - facts[latent]).sum(axis=1), kind="stable")] for latent in chosen.latents]
     rng = np.random.default_rng(derive_seed(seed, "random sets"))
-    sets: list[tuple[int, ...]] = []
-    while len(sets) < n:
-        drawn = tuple(int(rng.choice(pool)) for pool in pools)
+    return [_distinct(nearest, rng) for _ in range(n)]
+
+
+def _distinct(nearest: Sequence[Int[np.ndarray, "live"]], rng: np.random.Generator) -> tuple[int, ...]:
+    """One of the _ALIKE first of every list, no two the same."""
+    for _ in range(_TRIES):
+        drawn = tuple(int(rng.choice(near[:_ALIKE])) for near in nearest)
         if len(set(drawn)) == len(drawn):
-            sets.append(drawn)
-    return sets
+            return drawn
+    drawn = ()
+    for near in nearest:
+        drawn += (int(rng.choice(near[~np.isin(near, drawn)][:_ALIKE])),)
+    return drawn
 
 
 def lexical_recipe(setting: Setting, bench: Bench, size: float) -> Recipe:
