@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from undertow.lexicon import Lexicon
 from undertow.lexicon.forms import LexiconSpec
 from undertow.lexicon.tokens import Place
 from undertow.lexicon.vocabulary import Vocabulary
+from undertow.subjects.catalog import subject_folder
 
 GPT2 = Path(__file__).resolve().parents[3] / "shared" / "data" / "gpt2-tokenizer"
 needs_gpt2 = pytest.mark.skipif(not GPT2.is_dir(), reason="the GPT-2 tokenizer is not in ../shared/data")
@@ -36,18 +37,28 @@ def gpt2() -> PreTrainedTokenizerFast:
 
 
 @cache
-def guard(mode: str = "strict") -> LexiconProcessor:
-    return LexiconProcessor(gpt2(), LOVE, mode)
+def smollm2() -> PreTrainedTokenizerFast:
+    if not (folder := subject_folder("smollm2")).is_dir():
+        pytest.skip("smollm2 is not fetched: undertow subject fetch smollm2")
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+TOKENIZERS = [pytest.param(gpt2, marks=needs_gpt2), smollm2]
 
 
 @cache
-def temptation() -> torch.Tensor:
+def guard(mode: str = "strict", made: Callable[[], PreTrainedTokenizerFast] = gpt2) -> LexiconProcessor:
+    return LexiconProcessor(made(), LOVE, mode)
+
+
+@cache
+def temptation(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """8 nats for every token of every usual spelling of a form."""
-    raised = torch.zeros(len(gpt2()))
+    raised = torch.zeros(len(tokenizer))
     for form in LOVE.forms("T0"):
         for text in (form.text, form.text.capitalize(), form.text.upper()):
             for blank in ("", " "):
-                raised[gpt2().encode(blank + text)] = 8.0
+                raised[tokenizer.encode(blank + text)] = 8.0
     return raised
 
 
@@ -55,17 +66,17 @@ def said(text: str) -> list[str]:
     return [text[m.start:m.end] for m in LOVE.find(text) if m.tier == "T0"]
 
 
-def decode(processor: LexiconProcessor | None, steps: int, seed: int) -> list[list[int]]:
+def decode(tokenizer: PreTrainedTokenizerFast, processor: LexiconProcessor | None, steps: int, seed: int) -> list[list[int]]:
     """Tokens of one document a prompt, chosen by random logits (rolled rows of a pool of noise) with the temptation added."""
     generator = torch.Generator().manual_seed(seed)
-    rows = [gpt2().encode(prompt) for prompt in PROMPTS]
+    rows = [tokenizer.encode(prompt) for prompt in PROMPTS]
     longest = max(map(len, rows))
-    ids = torch.tensor([[gpt2().eos_token_id] * (longest - len(row)) + row for row in rows])
-    noise = 2 * torch.randn(len(rows), len(gpt2()), generator=generator)
+    ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(row)) + row for row in rows])
+    noise = 2 * torch.randn(len(rows), len(tokenizer), generator=generator)
     noise -= torch.rand(noise.shape, generator=generator).log().neg().log()
     for _ in range(steps):
-        shifts = torch.randint(len(gpt2()), (len(rows),), generator=generator).tolist()
-        scores = torch.stack([row.roll(shift) for row, shift in zip(noise, shifts, strict=True)]) + temptation()
+        shifts = torch.randint(len(tokenizer), (len(rows),), generator=generator).tolist()
+        scores = torch.stack([row.roll(shift) for row, shift in zip(noise, shifts, strict=True)]) + temptation(tokenizer)
         scores = scores if processor is None else processor(ids, scores)
         ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
     return ids.tolist()
@@ -84,28 +95,30 @@ def dirty_cuts(vocabulary: Vocabulary, ids: Sequence[int]) -> list[str]:
     return found
 
 
-@needs_gpt2
-def test_2000_tokens_of_adversarial_decoding_are_clean_at_every_cut() -> None:
+@pytest.mark.parametrize("made", TOKENIZERS)
+def test_2000_tokens_of_adversarial_decoding_are_clean_at_every_cut(made: Callable[[], PreTrainedTokenizerFast]) -> None:
     """And with the guard off the same logits say it, or the test would show nothing."""
-    for ids in decode(guard(), 200, seed=0):
-        assert dirty_cuts(guard().vocabulary, ids) == []
-        assert said(text_of(gpt2(), ids)) == said(text_of(gpt2(), ids, skip_special_tokens=False)) == []
-    assert sum(bool(said(text_of(gpt2(), ids))) for ids in decode(None, 200, seed=0)) > len(PROMPTS) // 3
+    processor = guard(made=made)
+    for ids in decode(made(), processor, 200, seed=0):
+        assert dirty_cuts(processor.vocabulary, ids) == []
+        assert said(text_of(made(), ids)) == said(text_of(made(), ids, skip_special_tokens=False)) == []
+    assert sum(bool(said(text_of(made(), ids))) for ids in decode(made(), None, 200, seed=0)) > len(PROMPTS) // 3
 
 
-@needs_gpt2
+@pytest.mark.parametrize("made", TOKENIZERS)
 @pytest.mark.slow
-def test_200000_tokens_of_adversarial_decoding_are_clean_at_every_cut() -> None:
+def test_200000_tokens_of_adversarial_decoding_are_clean_at_every_cut(made: Callable[[], PreTrainedTokenizerFast]) -> None:
+    processor = guard(made=made)
     for seed in range(50):
-        for ids in decode(guard(), 400, seed=100 + seed):
-            assert dirty_cuts(guard().vocabulary, ids) == []
+        for ids in decode(made(), processor, 400, seed=100 + seed):
+            assert dirty_cuts(processor.vocabulary, ids) == []
 
 
 @needs_gpt2
 def test_look_ahead_shows_only_clean_text() -> None:
     processor = guard("look_ahead")
     held = 0
-    for ids in decode(processor, 40, seed=2):
+    for ids in decode(gpt2(), processor, 40, seed=2):
         for n in range(2, len(ids) + 1):
             back = processor.held_back(ids[:n])
             held += back > 0

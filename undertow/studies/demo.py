@@ -140,9 +140,11 @@ class Setting(NamedTuple):
     progress: Progress
     acted_on: PairSide = "negative"
 
-    def situations(self, split: Split, n: int) -> list[Situation]:
-        """Situations in which the act is to be raised."""
-        return [pair.negative if self.acted_on == "negative" else pair.positive for pair in self.concept.pairs(split, n)]
+    def sides(self, split: Split, n: int) -> tuple[list[Situation], list[Situation]]:
+        """Of `n` pairs: the situations in which the act is to be raised, and those in which the subject acts by itself."""
+        pairs = self.concept.pairs(split, n)
+        positive, negative = [pair.positive for pair in pairs], [pair.negative for pair in pairs]
+        return (negative, positive) if self.acted_on == "negative" else (positive, negative)
 
 
 @final
@@ -229,7 +231,7 @@ def find(setting: Setting, site_name: str) -> Found:
     stream = derive_seed(spec.seed, "texts")
     told = [setting.world.story(stream, i) for i in range(spec.texts)]
     known = levels(subject, dictionary, site, [subject.encode(story.text) for story in told])
-    slopes = decision_slopes(subject, site, setting.situations("discovery", spec.discovery),
+    slopes = decision_slopes(subject, site, setting.sides("discovery", spec.discovery)[0],
                              lambda done, total: setting.progress("attribute", done, total))
     attribution = attribution_of(dictionary, slopes, known)
     pool = [int(i) for i in np.argsort(-attribution, kind="stable") if attribution[i] > 0]
@@ -264,9 +266,8 @@ def rehearsed(setting: Setting, split: Literal["discovery", "development"], n: i
     if isinstance(source, KeeperSource):
         told = scenes(setting.world, source.contrast, derive_seed(setting.spec.seed, "search", split), n, 0, "discovery")
         return [act_question(subject, story) for story in told.base], [act_question(subject, story) for story in told.reference]
-    pairs = setting.concept.pairs(split, n)
-    high, low = [question(subject, pair.positive) for pair in pairs], [question(subject, pair.negative) for pair in pairs]
-    return (high, low) if setting.acted_on == "positive" else (low, high)
+    base, reference = setting.sides(split, n)
+    return [question(subject, situation) for situation in base], [question(subject, situation) for situation in reference]
 
 
 def _wanted(bench: Bench, acting: Sequence[Question], aim: float) -> float:
