@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interventions.operators import needs_activity, operate
+from interventions.recall import Recall
 from interventions.recipe import FeatureEdit, Recipe, Trigger, WindowRule, check
 from sae.dictionary import Dictionary
-from undertow.core.errors import EditError, NumericsError
+from undertow.core.errors import DictionaryError, EditError, NumericsError
 from undertow.subjects.sampling import Generated, Sampling
 from undertow.subjects.sampling import generate as sample_all
 from undertow.subjects.sites import Site
@@ -78,7 +79,7 @@ class Operated:
 
 @contextlib.contextmanager
 def apply(recipe: Recipe, subject: Subject, dictionary: Dictionary, window: Window | None = None,
-          must_act: bool = True) -> Iterator[Operated]:
+          must_act: bool = True, recall: Recall | None = None) -> Iterator[Operated]:
     """Edit every forward pass of `subject` by `recipe` while the block runs.
 
     The edit is x + Σ_i (f_i′ − f_i)·d_i, so that a recipe which changes nothing changes no bit. With the windows
@@ -90,13 +91,16 @@ def apply(recipe: Recipe, subject: Subject, dictionary: Dictionary, window: Wind
         dictionary: the SAE whose latents the recipe names, on any device.
         window: the columns to edit, to be moved by the caller; the recipe's rule moves it too.
         must_act: False where the texts may hold nothing that the recipe's gate waits for, as ordinary text may.
+        recall: codes of this very dictionary, for texts that are read under many recipes.
 
     Raises:
-        SubjectError, DictionaryError, SiteError: the recipe belongs elsewhere (see `check`).
+        SubjectError, DictionaryError, SiteError: the recipe belongs elsewhere (see `check`), or the recall does.
         EditError: the block ended and the recipe had acted nowhere.
     """
     check(recipe, subject, dictionary)
-    edit = FeatureSurgery(dictionary.to(subject.device), recipe.edits, recipe.trigger)
+    if recall is not None and recall.dictionary is not dictionary:
+        raise DictionaryError("the codes that are recalled are of another dictionary than the one to operate with")
+    edit = FeatureSurgery(dictionary.to(subject.device), recipe.edits, recipe.trigger, recall)
     placed = first_window(recipe.window) if window is None else window
     with splice(subject, subject.site(recipe.site), edit, recipe.norm_ceiling, placed, recipe.memory, must_act) as counts:
         yield Operated(subject, placed, recipe.window, counts)
@@ -157,6 +161,7 @@ class FeatureSurgery:
     dictionary: Dictionary
     edits: tuple[FeatureEdit, ...]
     trigger: Trigger | None = None
+    recall: Recall | None = None
 
     def __call__(self, x: Float[Tensor, "batch pos d_model"], editable: Bool[Tensor, "batch pos"]) -> EditResult:
         fired = torch.zeros_like(editable)
@@ -171,7 +176,7 @@ class FeatureSurgery:
         edited = list(dict.fromkeys(edit.latent for edit in self.edits))
         looked_at = [] if self.trigger is None else list(self.trigger.latents)
         wanted = torch.tensor([*edited, *looked_at], dtype=torch.long, device=self.dictionary.W_dec.device)
-        values = self.dictionary.latent_values(x, wanted)
+        values = (self.recall or self.dictionary).latent_values(x, wanted)
         f = values[:, :len(edited)]
         after = dict(zip(edited, f.unbind(dim=1), strict=True))
         for edit in self.edits:

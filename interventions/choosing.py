@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 
 from features.balance import Balance, balance, balanced
 from interventions.refining import refined
-from interventions.tune import Bench, Trial, TuneSpec, judged, largest_dose, response
-from undertow.subjects.organisms.measuring import packs
+from interventions.tune import Bench, Trial, TuneSpec, judged, largest_dose, narrowed, response
 from undertow.subjects.splicing import Memory
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ def choose(bench: Bench, pool: Sequence[int], acts: tuple[str, str], spec: TuneS
     def worth(trial: Trial) -> tuple[float, float]:
         return min(trial.acts, wanted), -trial.kl_p99
 
-    if trials and packs(bench.subject, bench.lessons.questions[0]):
+    if trials and bench.packs:
         trials += _at_doses(bench, refined(bench, made, max(trials, key=worth), acts[0], spec), acts, spec, spec.fine)
     elif trials:
         log.warning("%s does not compute packed rows exactly, so its set is not refined", bench.subject.name)
@@ -69,5 +68,6 @@ def _proposed(made: Balance, gate: tuple[float, int, int], spec: TuneSpec) -> Tr
 
 def _at_doses(bench: Bench, proposed: Trial, acts: tuple[str, str], spec: TuneSpec, factors: Sequence[float]) -> list[Trial]:
     """A set judged at the largest dose within the limits and at smaller ones; empty if there is none."""
+    bench = narrowed(bench, proposed)
     largest = largest_dose(bench, proposed, spec)
     return [] if largest is None else [judged(bench, largest, acts), *response(bench, largest, acts, factors)]

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from features.balance import Balance
 from interventions.applying import Operated, first_window, is_open
+from interventions.recall import Recall
 from interventions.recipe import Recipe, Trigger, WindowRule
-from interventions.tune import Bench, Trial, TuneSpec, floors, same
-from sae.dictionary import Dictionary
+from interventions.tune import Bench, Trial, TuneSpec, floors, narrowed, same
 from undertow.subjects.organisms.measuring import log_masses
 from undertow.subjects.padding import batches, pad
 from undertow.subjects.splicing import EditResult, splice
@@ -47,7 +47,7 @@ _BATCH = 1_024
 class LiftedFloors:
     """Floors at weights · unit as an edit for `splice`, through which gradients run to the weights, not to codes or gate."""
 
-    dictionary: Dictionary
+    recall: Recall
     latents: tuple[int, ...]
     weights: Float[Tensor, "k"]
     unit: Float[Tensor, "k"]
@@ -55,10 +55,10 @@ class LiftedFloors:
 
     def __call__(self, x: Float[Tensor, "batch pos d_model"], editable: Bool[Tensor, "batch pos"]) -> EditResult:
         looked_at = () if self.trigger is None else self.trigger.latents
-        wanted = torch.tensor([*self.latents, *looked_at], dtype=torch.long, device=self.dictionary.W_dec.device)
+        wanted = torch.tensor([*self.latents, *looked_at], dtype=torch.long, device=self.recall.dictionary.W_dec.device)
         with torch.no_grad():
-            values = self.dictionary.latent_values(x[editable], wanted)
-            directions = self.dictionary.directions(wanted[: len(self.latents)])
+            values = self.recall.latent_values(x[editable], wanted)
+            directions = self.recall.dictionary.directions(wanted[: len(self.latents)])
         rise = (self.weights * self.unit - values[:, : len(self.latents)]).clamp(min=0)
         delta = torch.zeros(x.shape, dtype=directions.dtype, device=x.device).masked_scatter(
             editable[..., None].expand_as(x), rise.to(directions) @ directions)
@@ -99,7 +99,7 @@ class Lifting:
     """
 
     def __init__(self, bench: Bench, trial: Trial, latents: Sequence[int]) -> None:
-        self._bench, self._latents = bench, tuple(latents)
+        self._bench, self._latents = narrowed(bench, trial), tuple(latents)
         self._recipe: Recipe = floors(bench, trial)
         self._unit = torch.tensor([float(bench.known.high[latent]) for latent in latents], device=bench.subject.device)
 
@@ -125,12 +125,13 @@ class Lifting:
 
     def change(self, weights: Float[np.ndarray, "k"], near: float) -> Change:
         """Of the texts of `lessons`; `near`: about where the 99th percentile is, at whose tokens its gradient is taken."""
-        bench, (_, texts, untouched), edit = self._bench, self._bench.lessons, self._edit(weights)
-        found: dict[int, np.ndarray] = {}
+        bench, (_, texts, untouched, moved), edit = self._bench, self._bench.lessons, self._edit(weights)
+        found = {i: np.zeros(len(logits)) for i, logits in enumerate(untouched)}
+        moved = range(len(texts)) if moved is None else moved
         mean, high, tail = torch.zeros_like(edit.weights), torch.zeros_like(edit.weights), 0
         with (torch.enable_grad(), bench.below.shared(),
               splice(bench.subject, bench.site, edit, self._recipe.norm_ceiling, None, self._recipe.memory, False)):
-            for batch in batches(texts, _BATCH):
+            for batch in ([moved[at] for at in some] for some in batches([texts[i] for i in moved], _BATCH)):
                 rows, attend = pad([texts[i] for i in batch], bench.subject, "right")
                 logits = bench.subject.hf_model(input_ids=rows, attention_mask=attend, use_cache=False).logits.float()
                 read = attend.bool().index_fill(1, torch.tensor([0], device=attend.device), False)  # all but the first tokens
@@ -147,7 +148,7 @@ class Lifting:
 
     def _edit(self, weights: Float[np.ndarray, "k"]) -> LiftedFloors:
         at = torch.tensor(weights, dtype=torch.float32, device=self._unit.device, requires_grad=True)
-        return LiftedFloors(self._bench.dictionary, self._latents, at, self._unit, self._recipe.trigger)
+        return LiftedFloors(self._bench.recall, self._latents, at, self._unit, self._recipe.trigger)
 
 
 def refined(bench: Bench, made: Balance, trial: Trial, costly: str, spec: TuneSpec) -> Trial:

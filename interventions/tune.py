@@ -22,18 +22,22 @@ from torch import Tensor
 from features.balance import Slopes
 from features.carried import Levels
 from features.concepts import Situation
-from interventions.applying import apply
+from interventions.applying import Gate, apply, trigger_gate
 from interventions.audit import kl_on
 from interventions.operators import Floor
+from interventions.recall import Recall
 from interventions.recipe import FeatureEdit, Recipe, WindowRule
 from sae.dictionary import Dictionary
 from undertow.core.spec import Spec
 from undertow.subjects.organisms.measuring import Answer, Question, ask, worded
+from undertow.subjects.padding import batches, pad
 from undertow.subjects.sharing import Below
 from undertow.subjects.sites import Site
 from undertow.subjects.subject import Subject
+from undertow.subjects.tapping import tap
 
 _STEP = 1.04
+_BATCH = 1_024
 _SURE, _RESAMPLES = 0.975, 200
 DOSES = tuple(round(0.1 * _STEP ** i, 4) for i in range(80))  # 0.1 to 2.2
 
@@ -72,11 +76,13 @@ class Lessons(NamedTuple):
         questions: discovery situations.
         texts: ordinary texts, as token ids.
         untouched: logits of the untouched subject after their tokens.
+        moved: which texts a gate can change (`narrowed`); all if absent.
     """
 
     questions: list[Question]
     texts: list[list[int]]
     untouched: list[Float[Tensor, "_ vocab"]]
+    moved: tuple[int, ...] | None = None
 
 
 @final
@@ -84,7 +90,7 @@ class Bench(NamedTuple):
     """What a search works on.
 
     Attributes:
-        subject, dictionary, site: where.
+        subject, site: where.
         place: the fields of a recipe that name them ("subject", "sae", "site").
         known: how active every latent typically is.
         slopes: gradients in discovery situations and ordinary texts, from which sets are proposed.
@@ -92,11 +98,13 @@ class Bench(NamedTuple):
         texts: development texts without a decision, as token ids.
         untouched: logits of the untouched subject after their tokens (`logits_after`).
         below: what is computed of them below the site, once for all recipes.
+        packs: whether the subject computes packed rows exactly (`measuring.packs`).
+        recall: codes of all these, and the dictionary that they are of.
         lessons: other situations and texts, for refining.
+        moved: which of `texts` a gate can change (`narrowed`); all if absent.
     """
 
     subject: Subject
-    dictionary: Dictionary
     site: Site
     place: dict[str, str]
     known: Levels
@@ -105,7 +113,15 @@ class Bench(NamedTuple):
     texts: list[list[int]]
     untouched: list[Float[Tensor, "_ vocab"]]
     below: Below
+    packs: bool
+    recall: Recall
     lessons: Lessons
+    moved: tuple[int, ...] | None = None
+
+    @property
+    def dictionary(self) -> Dictionary:
+        """The SAE."""
+        return self.recall.dictionary
 
 
 @final
@@ -159,9 +175,9 @@ def answers(bench: Bench, recipe: Recipe | None, questions: Sequence[Question]) 
     """Act probabilities under a recipe; None: of the untouched subject."""
     with bench.below.shared():
         if recipe is None:
-            return ask(bench.subject, questions)
-        with apply(recipe, bench.subject, bench.dictionary) as operated:
-            return ask(bench.subject, questions, announce=operated.announce)
+            return ask(bench.subject, questions, packed=bench.packs)
+        with apply(recipe, bench.subject, bench.dictionary, recall=bench.recall) as operated:
+            return ask(bench.subject, questions, announce=operated.announce, packed=bench.packs)
 
 
 @final
@@ -176,9 +192,41 @@ class Same(NamedTuple):
 
 def sameness(bench: Bench, recipe: Recipe) -> Same:
     """How far ordinary text is from what it was."""
-    with bench.below.shared(), apply(recipe, bench.subject, bench.dictionary) as operated:
-        kl = kl_on(bench.untouched, operated.subject, bench.texts)
-    return same(np.split(kl, np.cumsum([len(logits) for logits in bench.untouched])[:-1]))
+    moved = range(len(bench.texts)) if bench.moved is None else bench.moved
+    kl = [np.zeros(len(logits)) for logits in bench.untouched]
+    if moved:
+        with bench.below.shared(), apply(recipe, bench.subject, bench.dictionary, recall=bench.recall) as operated:
+            found = kl_on([bench.untouched[i] for i in moved], operated.subject, [bench.texts[i] for i in moved])
+        for i, of in zip(moved, np.split(found, np.cumsum([len(kl[i]) for i in moved])[:-1]), strict=True):
+            kl[i] = of
+    return same(kl)
+
+
+def narrowed(bench: Bench, trial: Trial) -> Bench:
+    """The bench for a trial's gate: where it is never open, a text is what it was at any dose, and no pass is needed.
+
+    A gate opens by activations at the site, which no edit there changes. Tokens that a splice leaves out (the first of a text,
+    massive ones) are taken to fire, so that a text may be counted as moved that is not.
+    """
+    trigger = floors(bench, trial).trigger
+    if trigger is None:
+        return bench
+    gate = trigger_gate(trigger, bench.dictionary)
+    return bench._replace(moved=_opened(bench, gate, bench.texts),
+                          lessons=bench.lessons._replace(moved=_opened(bench, gate, bench.lessons.texts)))
+
+
+def _opened(bench: Bench, gate: Gate, texts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The texts in which a gate opens."""
+    found: list[int] = []
+    with bench.below.shared():
+        for batch in batches(texts, _BATCH):
+            rows, attend = pad([texts[i] for i in batch], bench.subject, "right")
+            x = tap(bench.subject, rows, bench.site, attend.bool())
+            fired = gate.opens(x.flatten(0, 1)).reshape(rows.shape).to(rows.device) & attend.bool()
+            opened = fired if gate.memory is None else gate.memory.opened(fired, rows.shape[1])
+            found += [i for i, is_open in zip(batch, opened.any(dim=1).tolist(), strict=True) if is_open]
+    return tuple(sorted(found))
 
 
 def same(texts: Sequence[Float[np.ndarray, "_"]]) -> Same:
@@ -198,23 +246,35 @@ def same(texts: Sequence[Float[np.ndarray, "_"]]) -> Same:
 def largest_dose(bench: Bench, trial: Trial, spec: TuneSpec) -> Trial | None:
     """`trial` at the largest of DOSES within the limits, or None if the smallest is beyond them.
 
-    KL grows about as the dose squared, which says where to look next, and that a dose is the largest where the next is known
-    to be beyond a limit, or would be.
+    Regula falsi on log(limit / KL) by log(dose), whose pull of an end that stays is halved (the Illinois method, Dowell and
+    Jarratt 1971, doi:10.1007/BF01934364). While one end is missing, KL is taken to grow by the power of the dose that was seen
+    last, at first 2. A dose is the largest where the next is known to be beyond a limit, or would be by that power or by 2.
     """
     low, high, at = -1, len(DOSES), len(DOSES) // 2
+    ends: list[float | None] = [None, None]  # log(limit / KL) at low and at high, the pull halved
+    growth, last = 2.0, (at, math.nan)
     best: Trial | None = None
     while high - low > 1:
         dosed = trial._replace(dose=DOSES[at])
         same = sameness(bench, floors(bench, dosed))
-        room = min(spec.kl_mean / max(same.mean, 1e-12), spec.kl_p99 / max(same.p99_high, 1e-12))
-        if room >= 1:
+        room = math.log(min(spec.kl_mean / max(same.mean, 1e-12), spec.kl_p99 / max(same.p99_high, 1e-12)))
+        if at != last[0]:
+            growth = (last[1] - room) / ((at - last[0]) * math.log(_STEP))
+        last, side = (at, room), int(room < 0)
+        stays = ends[1 - side]
+        if ends[side] is not None and stays is not None:
+            ends[1 - side] = stays / 2
+        ends[side] = room
+        if room >= 0:
             low, best = at, dosed._replace(kl_mean=same.mean, kl_p99=same.p99)
-            if room < _STEP ** 2:
+            if room < min(growth, 2.0) * math.log(_STEP):
                 break
         else:
             high = at
-        guess = at + round(math.log(room) / (2 * math.log(_STEP)))
-        at = min(max(guess, low + 1), high - 1)
+        within, beyond = ends
+        at = (at + round(room / (max(growth, 0.5) * math.log(_STEP))) if within is None or beyond is None
+              else low + round((high - low) * within / (within - beyond)))
+        at = min(max(at, low + 1), high - 1)
     return best
 
 

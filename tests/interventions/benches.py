@@ -11,9 +11,10 @@ from features.balance import Slopes, drawn_slopes, word_slopes
 from features.carried import Levels, decision_slopes
 from features.codes import dictionary_digest
 from interventions.audit import logits_after
+from interventions.recall import Recall
 from interventions.tune import Bench, Lessons, Trial, TuneSpec
 from tests.features.planted import D_SAE, planted
-from undertow.subjects.organisms.measuring import Question, tokens_of
+from undertow.subjects.organisms.measuring import Question, packs, tokens_of
 from undertow.subjects.sharing import Below
 
 ACTS = ("give", "keep")
@@ -29,14 +30,14 @@ def bench() -> Bench:
         for act in ACTS}) for pair in made.pairs[:8]]  # first tokens alone: of whole wordings a random model says none
     texts, others = ([made.subject.encode(f"At the {place} nobody spoke for a while, and the rain {did}.") for place in
                       ("mill", "inn", "hut", "ford", "quay", "barn", "farm", "lock")] for did in ("went on", "stopped"))
-    return Bench(made.subject, made.dictionary, made.site,
+    return Bench(made.subject, made.site,
                  {"subject": made.subject.digest, "sae": dictionary_digest(made.dictionary), "site": made.site.name},
                  KNOWN, Slopes(decision_slopes(made.subject, made.site, [pair.negative for pair in made.pairs[:4]]),
                                drawn_slopes(made.subject, made.site, texts, 1),
                                word_slopes(made.subject, made.site, texts, torch.tensor([5]))),
                  asked[:4], texts,
-                 logits_after(made.subject, texts), Below(made.subject, made.site),
-                 Lessons(asked[4:], others, logits_after(made.subject, others)))
+                 logits_after(made.subject, texts), Below(made.subject, made.site), packs(made.subject, asked[0]),
+                 Recall(made.dictionary), Lessons(asked[4:], others, logits_after(made.subject, others)))
 
 
 def at(latents: tuple[int, ...], dose: float) -> Trial:

@@ -14,6 +14,7 @@ from features.carried import Levels
 from features.codes import dictionary_digest
 from interventions import refining
 from interventions.applying import FeatureSurgery
+from interventions.recall import Recall
 from interventions.refining import LiftedFloors, Lifting, refined, step
 from interventions.tune import Bench, Trial, answers, floors, judged, largest_dose, sameness
 from sae.dictionary import LinearDictionary
@@ -32,7 +33,7 @@ def bench() -> Bench:
 
 def learnt(bench: Bench) -> Bench:
     """Judged on what is learnt from."""
-    questions, texts, untouched = bench.lessons
+    questions, texts, untouched, _ = bench.lessons
     return bench._replace(questions=questions, texts=texts, untouched=untouched)
 
 
@@ -42,7 +43,7 @@ def silent(bench: Bench) -> Bench:
     assert isinstance(made, LinearDictionary)
     quiet = LinearDictionary(made.W_enc, torch.full_like(made.b_enc, -1e4), made.W_dec, made.b_dec, made.activation,
                              made.provenance)
-    return bench._replace(dictionary=quiet, place=bench.place | {"sae": dictionary_digest(quiet)},
+    return bench._replace(recall=Recall(quiet), place=bench.place | {"sae": dictionary_digest(quiet)},
                           known=Levels(np.ones(D_SAE), np.full(D_SAE, 0.5)))
 
 
@@ -53,7 +54,7 @@ def test_the_edit_is_the_recipe(bench: Bench, trial: Trial) -> None:
     editable = torch.ones(2, 9, dtype=torch.bool)
     editable[0, :3] = False
     unit = torch.tensor(KNOWN.high[[0, 2]]).float()
-    lifted = LiftedFloors(bench.dictionary, trial.latents, torch.full((2,), trial.dose), unit, recipe.trigger)(x, editable)
+    lifted = LiftedFloors(bench.recall, trial.latents, torch.full((2,), trial.dose), unit, recipe.trigger)(x, editable)
     wanted = FeatureSurgery(bench.dictionary, recipe.edits, recipe.trigger)(x, editable)
     assert torch.equal(lifted.fired, wanted.fired)
     torch.testing.assert_close(lifted.delta, wanted.delta, atol=1e-4, rtol=1e-5)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from features.codes import dictionary_digest
-from interventions.tune import DOSES, Bench, TuneSpec, floors, judged, largest_dose, response, same, sameness
+from interventions.audit import logits_after
+from interventions.recipe import Recipe
+from interventions.tune import DOSES, Bench, Same, TuneSpec, floors, judged, largest_dose, narrowed, response, same, sameness
 from tests.features.planted import D_SAE
 from tests.interventions import benches
 from tests.interventions.benches import ACTS, KNOWN, LOOSE, at
@@ -81,3 +83,40 @@ def test_other_texts_are_seldom_beyond_the_bound() -> None:
         found, other = same(texts()), np.quantile(np.concatenate(texts()), 0.99)
         beyond += other > found.p99_high, other > found.p99
     assert beyond[0] <= 12 and beyond[1] >= 30  # 2.5 are expected, and some more for the bootstrap of a tail
+
+
+def test_a_bench_without_the_texts_that_a_gate_leaves_alone_says_the_same(bench: Bench) -> None:
+    """Of gates that open in some texts and not in others; one that looks at latents which never fire opens in none."""
+    texts = [bench.subject.encode(text) for text in ("At the mill nobody spoke.", *(f"The {w} went on for a while." for w in (
+        "rain", "wind", "lamp")), "No.", "A boat.")]
+    own = bench._replace(texts=texts, untouched=logits_after(bench.subject, texts))
+    rates = []
+    for latents, at_least, within in (((0,), 1, 1), ((0, 1), 2, 4), ((2, 3), 3, 6), ((4, 5), 6, 8)):
+        trial = at((0, 2), 2.0)._replace(trigger=latents, at_least=at_least, within=within)
+        narrow = narrowed(own, trial)
+        assert narrow.moved is not None and narrow.lessons.moved is not None
+        rates.append(len(narrow.moved))
+        whole, fewer = (sameness(of, floors(bench, trial)) for of in (own, narrow))
+        assert fewer == pytest.approx(whole, rel=1e-4, abs=1e-9)
+    assert narrowed(own, at((0,), 1.0)) is own  # no gate: everywhere
+    assert min(rates) < len(texts), rates
+
+
+def test_the_search_for_a_dose_takes_few_looks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where KL grows in another way than as the dose squared, and jumps."""
+    for power, jump in ((0.7, 0.0), (2.0, 0.0), (6.0, 0.0), (2.0, 5.0), (12.0, 0.0)):
+        looks: list[float] = []
+
+        def made_up(_: Bench, recipe: Recipe, power: float = power, jump: float = jump, looks: list[float] = looks) -> Same:
+            dose = recipe.edits[0].operator.value / KNOWN.high[0]  # pyright: ignore[reportAttributeAccessIssue]
+            looks.append(dose)
+            kl = dose ** power * (1 + jump * (dose > 0.7))
+            return Same(kl, kl, kl)
+
+        monkeypatch.setattr("interventions.tune.sameness", made_up)
+        for limit in (0.3, 0.9, 2.0):
+            looks.clear()
+            best = largest_dose(bench, at((0,), 1.0), TuneSpec(kl_mean=limit, kl_p99=10.0 * limit))
+            within = [dose for dose in DOSES if dose ** power * (1 + jump * (dose > 0.7)) <= limit]
+            assert best is not None and best.dose >= 0.96 * max(within)
+            assert len(looks) <= 9, (power, jump, limit, looks)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import Cache, DynamicCache
 
 from tests import tiny
 from undertow.core.errors import NumericsError, SpecError, TextError
@@ -29,6 +31,28 @@ def nudge(x: torch.Tensor, editable: torch.Tensor) -> EditResult:
     """A state-dependent edit: where the first channel is positive, add a multiple of the activation's own roll."""
     fired = x[..., 0] > 0
     return EditResult(0.7 * x.roll(1, dims=-1), fired)
+
+
+def test_room_for_what_comes_changes_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the room too, with cached keys and values equal to the last bit to those of a cache that is copied."""
+    prompts, kept = [subject.encode(prompt) for prompt in PROMPTS], []
+
+    def keeping(**_: object) -> DynamicCache:
+        kept.append(DynamicCache())
+        return kept[-1]
+
+    def roomy(**kwargs: Any) -> Cache:
+        kept.append(Cache(**kwargs))
+        return kept[-1]
+
+    texts = []
+    monkeypatch.setattr("undertow.subjects.sampling._ROOM", 5)
+    for made in (keeping, roomy):
+        monkeypatch.setattr("undertow.subjects.sampling.Cache", made)
+        texts.append(generate(subject, prompts, GREEDY, [0] * len(prompts)))
+    assert texts[0] == texts[1]
+    for copied, grown in zip(kept[0].layers, kept[1].layers, strict=True):
+        assert torch.equal(copied.keys, grown.keys) and torch.equal(copied.values, grown.values)
 
 
 def greedy_one_by_one(subject: Subject, prompt: list[int], steps: int) -> list[int]:

@@ -28,6 +28,7 @@ from interventions.audit import logits_after
 from interventions.choosing import choose
 from interventions.guard import LexiconProcessor
 from interventions.guarding import under_guard
+from interventions.recall import Recall
 from interventions.recipe import Recipe
 from interventions.tune import Bench, Lessons, Trial, TuneSpec, answers, question
 from interventions.verdict import MAX_KL_MEAN, MAX_KL_P99, Verdict
@@ -39,7 +40,7 @@ from undertow.studies.scenes import COSTLY_ACT, KEEPING_ACT, QUIET, act_of, body
 from undertow.studies.stories import Example
 from undertow.subjects.keeper.story import Story
 from undertow.subjects.keeper.world import World
-from undertow.subjects.organisms.measuring import Answer, Question, act_question, ask
+from undertow.subjects.organisms.measuring import Answer, Question, act_question, ask, packs
 from undertow.subjects.organisms.statistics import mean, sign_flip_p
 from undertow.subjects.sampling import Generated, Sampling, generate
 from undertow.subjects.sharing import Below
@@ -247,8 +248,8 @@ def find(setting: Setting, site_name: str) -> Found:
     below = Below(subject, site)
     with below.shared():
         untouched, untouched_others = logits_after(subject, texts), logits_after(subject, others)
-    bench = Bench(subject, dictionary, site, place, known, gradients, judged, texts, untouched, below,
-                  Lessons(learnt, others, untouched_others))
+    bench = Bench(subject, site, place, known, gradients, judged, texts, untouched, below,
+                  packs(subject, judged[0]), Recall(dictionary.to(subject.device)), Lessons(learnt, others, untouched_others))
     limits = TuneSpec(kl_mean=_ROOM * spec.search.kl_mean, kl_p99=spec.search.kl_p99, size=spec.search.features)
     return Found(bench, attribution, choose(bench, pool, ACTS, limits, _wanted(bench, acting, spec.search.aim),
                                             setting.progress))
@@ -330,22 +331,24 @@ def sample(setting: Setting, recipe: Recipe | None, stories: Sequence[Story], gu
            ) -> tuple[list[Generated], list[Generated]]:
     """One continuation of every story, guard off and guard on; the same seeds in all arms."""
     subject, how = setting.subject, Sampling(max_new_tokens=28)
-    free: list[Generated] = []
-    guarded: list[Generated] = []
-    for first in range(0, len(stories), _BATCH):
-        prompts = [subject.encode(story.prompt()) for story in stories[first: first + _BATCH]]
-        seeds = [derive_seed(setting.spec.seed, "sample", first + i) for i in range(len(prompts))]
+    prompts = [subject.encode(story.prompt()) for story in stories]
+    free: dict[int, Generated] = {}
+    guarded: dict[int, Generated] = {}
+    order = sorted(range(len(stories)), key=lambda i: len(prompts[i]))  # so that little is padded
+    for first in range(0, len(order), _BATCH):
+        batch = order[first: first + _BATCH]
+        seeds = [derive_seed(setting.spec.seed, "sample", i) for i in batch]
         opened = contextlib.nullcontext() if recipe is None else apply(recipe, subject, setting.dictionary)
         with opened as operated:
             if operated is not None:
-                operated.announce(max(map(len, prompts)) - 1)
-            free += generate(subject, prompts, how, seeds)
-            for document, seed in zip(free[first:], seeds, strict=True):
+                operated.announce(max(len(prompts[i]) for i in batch) - 1)
+            free |= zip(batch, generate(subject, [prompts[i] for i in batch], how, seeds), strict=True)
+            for i, seed in zip(batch, seeds, strict=True):
                 if operated is not None:
-                    operated.announce(len(document.prompt_ids) - 1)
-                guarded.append(under_guard(subject, document, how, seed, guard))
+                    operated.announce(len(prompts[i]) - 1)
+                guarded[i] = under_guard(subject, free[i], how, seed, guard)
         setting.progress(f"sample {arm}", len(free), len(stories))
-    return free, guarded
+    return [free[i] for i in range(len(stories))], [guarded[i] for i in range(len(stories))]
 
 
 def gave_in(stories: Sequence[Story], documents: Sequence[Generated]) -> Float[np.ndarray, "n"]:

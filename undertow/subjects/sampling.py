@@ -7,19 +7,22 @@ A sequence draws from its own generator and sees only its own tokens, so its tex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from undertow.core.errors import NumericsError, SpecError
 from undertow.core.seeds import generator
 from undertow.core.spec import Spec
 from undertow.subjects.padding import pad
 from undertow.subjects.subject import Subject
+
+_ROOM = 64  # tokens that a cache has room for before it is copied
 
 
 class Sampling(Spec):
@@ -71,7 +74,7 @@ def generate(subject: Subject, prompts: Sequence[Sequence[int]], sampling: Sampl
     stops = subject.eos_ids if sampling.stop_at_eos else frozenset()
     written: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
-    cache = DynamicCache()
+    cache = Cache(layer_class_to_replicate=_RoomyLayer)
     with torch.inference_mode():
         for _ in range(sampling.max_new_tokens):
             positions = (attend.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:]
@@ -90,6 +93,33 @@ def generate(subject: Subject, prompts: Sequence[Sequence[int]], sampling: Sampl
             attend = torch.cat([attend, torch.ones_like(tokens)], dim=1)
     return [Generated(list(prompt), new, str(subject.tokenizer.decode(new, skip_special_tokens=True)))
             for prompt, new in zip(prompts, written, strict=True)]
+
+
+@final
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of a text that only grows, with room for the next tokens, so that a token costs no copy of the whole."""
+
+    _room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As a DynamicLayer's, to the bit."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        if self._room is None or self._room[0].shape[-2] < stop:
+            self._room = (_widened(self.keys, key_states, start, stop), _widened(self.values, value_states, start, stop))
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[..., start:stop, :] = states
+        self.keys, self.values = (room[..., :stop, :] for room in self._room)
+        return self.keys, self.values
+
+
+def _widened(kept: Tensor | None, states: Tensor, start: int, stop: int) -> Tensor:
+    room = states.new_empty((*states.shape[:-2], stop + _ROOM, states.shape[-1]))
+    if start and kept is not None:
+        room[..., :start, :] = kept
+    return room
 
 
 def empty_cache() -> DynamicCache:

@@ -125,7 +125,7 @@ def tokens_of(subject: Subject, continuation: str) -> tuple[int, ...]:
 
 
 def ask(subject: Subject, questions: Sequence[Question], progress: Progress = lambda done, total: None,
-        batch_tokens: int = 4_096, announce: Announce = lambda column: None) -> list[Answer]:
+        batch_tokens: int = 4_096, announce: Announce = lambda column: None, packed: bool | None = None) -> list[Answer]:
     """Score every question.
 
     Args:
@@ -135,11 +135,12 @@ def ask(subject: Subject, questions: Sequence[Question], progress: Progress = la
         batch_tokens: tokens in one forward pass, padding included.
         announce: called before the passes over a batch with the column of its prompts' last tokens. Prompts are padded on
             the left, so it is one column for the batch; a splice's window can be moved there.
+        packed: what `packs` says of the subject, for a caller who asks many times; looked up if absent.
     """
     if not questions:
         return []
     announce(len(questions[0].prompt) - 1)
-    packed = packs(subject, questions[0])
+    packed = packs(subject, questions[0]) if packed is None else packed
     answers: dict[int, Answer] = {}
     for batch, trees in _batches(questions, batch_tokens if packed else 0):
         announce(max(len(tree.prompt) for tree in trees) - 1)
@@ -244,11 +245,11 @@ class _Tree:
         self.sees = self._visibility(parents)
 
     def _visibility(self, parents: Sequence[int]) -> Bool[Tensor, "nodes nodes"]:
-        sees = torch.eye(len(parents), dtype=torch.bool)
+        sees = np.eye(len(parents), dtype=bool)
         for node, parent in enumerate(parents):
             if parent >= 0:
                 sees[node] |= sees[parent]
-        return sees
+        return torch.from_numpy(sees)
 
 
 def _packed(subject: Subject, trees: Sequence[_Tree]) -> list[Answer]:
