@@ -8,6 +8,7 @@ byte language says that; a prefix-closed one would forbid " amazing", " American
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import final
 
@@ -21,6 +22,7 @@ from undertow.lexicon.tokens import Ids, Place, TokenTable
 from undertow.lexicon.vocabulary import Vocabulary
 
 MODES = ("strict", "look_ahead")
+_KEPT = 1_024  # texts whose places are kept
 
 
 @final
@@ -47,6 +49,7 @@ class GuardMasks:
         check_spellable(vocabulary, forbidden)
         self._forbidden: dict[Place, Ids] = {}
         self._allowed: dict[tuple[int, bool], bool] = {}
+        self._read: OrderedDict[tuple[int, ...], tuple[Place, bool]] = OrderedDict()
 
     def forbidden(self, place: Place) -> Ids:
         """Ids of the tokens that may not come next, ascending. From a place where the form is said already: all."""
@@ -62,8 +65,17 @@ class GuardMasks:
     def read(self, ids: Sequence[int]) -> tuple[Place, bool]:
         """Where a given text (a prompt) stands, and whether a form is said in it.
 
-        A form in it counts as said: the masks that follow look only at what goes on from the end of the text.
+        A form in it counts as said: the masks that follow look only at what goes on from the end of the text. The last texts
+        are kept, since one prompt is read for many arms.
         """
+        key = tuple(ids)
+        if key not in self._read:
+            self._read[key] = self._read_anew(key)
+            if len(self._read) > _KEPT:
+                self._read.popitem(last=False)
+        return self._read[key]
+
+    def _read_anew(self, ids: Sequence[int]) -> tuple[Place, bool]:
         place, said = self.start, False
         for token in ids:
             after = self.after(place, token)
