@@ -58,9 +58,12 @@ class Operated:
     def announce(self, column: int) -> None:
         """Move the window for prompts whose last token is in `column`; to be called before they are run.
 
-        `before_decision` ends before that column and `assistant` begins after it. Fits `announce` of `measuring.ask`.
+        `reading` ends with that column, `before_decision` ends before it and `assistant` begins after it. Fits `announce` of
+        `measuring.ask`.
         """
-        if self._rule == "before_decision":
+        if self._rule == "reading":
+            self.window.start, self.window.stop = 0, column + 1
+        elif self._rule == "before_decision":
             self.window.start, self.window.stop = 0, column
         elif self._rule == "assistant":
             self.window.start, self.window.stop = column + 1, None
@@ -83,7 +86,8 @@ def apply(recipe: Recipe, subject: Subject, dictionary: Dictionary, window: Wind
     """Edit every forward pass of `subject` by `recipe` while the block runs.
 
     The edit is x + Σ_i (f_i′ − f_i)·d_i, so that a recipe which changes nothing changes no bit. With the windows
-    `before_decision` and `assistant` nothing is edited until `Operated.generate` or `Operated.announce` has placed them.
+    `before_decision` and `assistant` nothing is edited until `Operated.generate` or `Operated.announce` has placed them; with
+    `reading` everything is until then, since all of a given text is read.
 
     Args:
         recipe: what to do.
@@ -206,5 +210,5 @@ class _Addition:
 
 
 def first_window(rule: WindowRule) -> Window:
-    """Everything, or nothing until the prompt is known."""
-    return Window() if rule == "everywhere" else Window(0, 0)
+    """Where a rule acts until the prompt is known."""
+    return Window() if rule in ("everywhere", "reading") else Window(0, 0)

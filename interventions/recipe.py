@@ -31,9 +31,10 @@ from undertow.core.storage import disk_errors, refuse_existing, write_text
 from undertow.subjects.splicing import Memory
 from undertow.subjects.subject import Subject
 
-WindowRule = Literal["everywhere", "before_decision", "assistant"]
+WindowRule = Literal["everywhere", "reading", "before_decision", "assistant"]
 _WINDOWS = {
     "everywhere": "at every token",
+    "reading": "at the tokens that are read, the prompt's last one too, and at none that is written",
     "before_decision": "at the tokens before the decision (the prompt's last token is the first that is left alone)",
     "assistant": "at the tokens of the reply",
 }

@@ -170,12 +170,12 @@ def test_a_long_hazard_is_cancelled_in_the_middle(llama: Bench) -> None:
 def test_windows(llama: Bench) -> None:
     bench, sampling = llama, Sampling(max_new_tokens=4, stop_at_eos=False)
     fired = {}
-    for window in ("before_decision", "assistant"):
+    for window in ("reading", "before_decision", "assistant"):
         tokens, summary = events_of(bench, bench.recipe(Floor(value=4.0), window=window), sampling)
         fired[window] = [token["fired"] for token in tokens if token["side"] == "operated"]
         n = len(bench.subject.encode(PROMPT))
-        assert summary["firings"] == (n - 2 if window == "before_decision" else 3)
-    assert fired == {"before_decision": [False] * 3 + [None], "assistant": [True] * 3 + [None]}
+        assert summary["firings"] == {"reading": n - 1, "before_decision": n - 2, "assistant": 3}[window]
+    assert fired == {"reading": [False] * 3 + [None], "before_decision": [False] * 3 + [None], "assistant": [True] * 3 + [None]}
 
 
 def test_the_word_is_seen_where_it_is_said(llama: Bench) -> None:

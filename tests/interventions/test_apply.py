@@ -176,7 +176,7 @@ def test_a_recipe_for_another_sae_is_refused_before_anything_runs(subject: Subje
 
 def one_by_one(subject: Subject, prompt: list[int], window: Window, rule: str) -> list[int]:
     """Greedy tokens without batch, padding or cache, the window placed by hand."""
-    window.start, window.stop = {"everywhere": (0, None), "before_decision": (0, len(prompt) - 1),
+    window.start, window.stop = {"everywhere": (0, None), "reading": (0, len(prompt)), "before_decision": (0, len(prompt) - 1),
                                  "assistant": (len(prompt), None)}[rule]
     ids = list(prompt)
     for _ in range(GREEDY.max_new_tokens):
@@ -184,7 +184,7 @@ def one_by_one(subject: Subject, prompt: list[int], window: Window, rule: str) -
     return ids[len(prompt):]
 
 
-@pytest.mark.parametrize("rule", ["everywhere", "before_decision", "assistant"])
+@pytest.mark.parametrize("rule", ["everywhere", "reading", "before_decision", "assistant"])
 def test_batch_padding_and_cache_make_no_difference(subject: Subject, dictionary: LinearDictionary, rule: str) -> None:
     chosen = busy(subject, dictionary, 5)
     surgery = recipe(dictionary, [*((latent, Clamp(value=4.0)) for latent in chosen[:3]), (chosen[3], Strengthen(gain=3.0))],
@@ -199,6 +199,17 @@ def test_batch_padding_and_cache_make_no_difference(subject: Subject, dictionary
     with apply(surgery, subject, dictionary, Window()) as other:
         everywhere = [one_by_one(subject, subject.encode(prompt), other.window, "everywhere") for prompt in PROMPTS]
     assert by_hand != everywhere  # the window does matter here
+
+
+def test_what_is_only_read_is_edited_and_what_is_written_is_not(subject: Subject, top_k: LinearDictionary) -> None:
+    ids = subject.encode(tiny.STORIES[0])[:12]
+    surgery = recipe(top_k, [(busy(subject, top_k, 1)[0], Floor(value=4.0))], window="reading")
+    with apply(surgery, subject, top_k) as operated:
+        whole, all_of_it = logits(subject, torch.tensor([ids])), operated.firings
+        operated.announce(7)
+        split, read = logits(subject, torch.tensor([ids])), operated.firings - all_of_it
+    assert (all_of_it, read) == (11, 7)  # the first token is never edited
+    assert torch.equal(whole[:, :8], split[:, :8]) and not torch.equal(whole[:, 8:], split[:, 8:])
 
 
 def test_padding_changes_no_logit_beyond_rounding(subject: Subject, dictionary: LinearDictionary) -> None:

@@ -66,7 +66,7 @@ def test_it_opens_where_it_fired_before(subject: Subject, top_k: LinearDictionar
     assert open_at[1, 1] < open_at[1, 3] and open_at[2, 3] < open_at[2, 8]
 
 
-@pytest.mark.parametrize("rule", ["everywhere", "before_decision", "assistant"])
+@pytest.mark.parametrize("rule", ["everywhere", "reading", "before_decision", "assistant"])
 def test_batch_padding_and_cache_make_no_difference(subject: Subject, top_k: LinearDictionary, rule: str) -> None:
     surgery = remembering(subject, top_k, 2, 6, window=rule)
     with apply(surgery, subject, top_k) as operated:

@@ -33,7 +33,7 @@ recipes = st.builds(
     edits=st.lists(st.builds(FeatureEdit, latent=st.integers(0, 10**6), operator=operators), min_size=1, max_size=4).map(tuple),
     trigger=st.none() | st.builds(Trigger, latents=st.lists(st.integers(0, 99), min_size=1, max_size=3).map(tuple),
                                   above=numbers, when=st.sampled_from(["above", "below"])),
-    window=st.sampled_from(["everywhere", "before_decision", "assistant"]),
+    window=st.sampled_from(["everywhere", "reading", "before_decision", "assistant"]),
     norm_ceiling=st.none() | st.floats(1e-3, 1e6))
 
 
