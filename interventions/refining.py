@@ -4,7 +4,7 @@ A set is proposed by first order at the untouched subject (`features.balance`). 
 one: some candidates no longer help, others do. So the weights w of all candidates are improved by sequential quadratic
 programming (Nocedal and Wright 2006, chapter 18). Each step takes the gradients of three figures by w, with the floors up,
 
-    g   of the mean P(costly act) in situations, the operation being on throughout and off from the decision on
+    g   of the mean P(costly act) in situations, the operation being on while they are read and off from the decision on
     m   of the mean of KL(base‖arm) on ordinary text, nats a token
     q   of its 99th percentile: the mean gradient over the tokens whose KL is near it
 
@@ -37,7 +37,6 @@ from undertow.subjects.splicing import EditResult, splice
 _RADII = (0.25, 0.25, 0.2, 0.2, 0.15)  # r of every step
 _NEAR = 0.15  # how far from the 99th percentile a token's KL may lie, as a share of it
 _RIDGE = 0.1  # of H's own diagonal
-_RULES: tuple[WindowRule, ...] = ("everywhere", "before_decision")
 _LEAST = 1e-3  # of the largest weight
 _BATCH = 1_024
 
@@ -106,9 +105,9 @@ class Lifting:
     def rise(self, weights: Float[np.ndarray, "k"], costly: str) -> Rise:
         """Of P(costly act) in the situations of `lessons`."""
         total, gradient = 0.0, np.zeros(len(weights))
-        for rule in _RULES:
+        for rule in (self._bench.window, "before_decision"):
             value, slope = self._rise(weights, costly, rule)
-            total, gradient = total + value / len(_RULES), gradient + slope / len(_RULES)
+            total, gradient = total + value / 2, gradient + slope / 2
         return Rise(total, gradient)
 
     def _rise(self, weights: Float[np.ndarray, "k"], costly: str, rule: WindowRule) -> tuple[float, Float[np.ndarray, "k"]]:

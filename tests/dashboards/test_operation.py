@@ -50,7 +50,8 @@ REMEMBERING = st.builds(
 
 @given(st.builds(Operation, edits=st.lists(EDITS, max_size=3).map(tuple), turns=TURNS, seed=st.integers(0, 2**63 - 1),
                  tokens=st.integers(1, 512), temperature=st.sampled_from([0.0, 0.7, 1.0]), top_p=st.sampled_from([0.5, 1.0]),
-                 window=st.sampled_from(["everywhere", "reading", "before_decision", "assistant"]), trigger=TRIGGERS | REMEMBERING,
+                 window=st.sampled_from(["everywhere", "reading", "before_decision", "assistant"]),
+                 trigger=TRIGGERS | REMEMBERING,
                  ceiling=st.sampled_from(["", "none", "12.5"]), words=st.sampled_from(["en", "all"])))
 def test_an_address_holds_the_whole_table(operation: Operation) -> None:
     assert Operation.read(QueryParams(urlencode(operation.pairs()))) == operation

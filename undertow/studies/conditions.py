@@ -206,7 +206,7 @@ def _direction(arm: str, bench: Bench, made: Prepared) -> Condition:
     own = added(recipe, dictionary)
     means = made.directions["means"]
     direction = means / means.norm() * own.norm() if arm == "diffmean" else own
-    amount = -1.0 if arm == "minus" else 1.0
+    amount, window = -1.0 if arm == "minus" else 1.0, "everywhere" if arm == "constant" else recipe.window
     gate: Gate | None = None
     if recipe.trigger is not None and arm != "constant":
         gate = trigger_gate(recipe.trigger, dictionary)
@@ -214,8 +214,8 @@ def _direction(arm: str, bench: Bench, made: Prepared) -> Condition:
     @contextlib.contextmanager
     def opened() -> Iterator[Under]:
         site = bench.subject.site(recipe.site)
-        with apply_direction(bench.subject, site, direction, amount, gate, recipe.window, recipe.norm_ceiling) as operated:
-            yield Under(operated.subject, operated.announce, lambda: operated.firings, recipe.window != "everywhere")
+        with apply_direction(bench.subject, site, direction, amount, gate, window, recipe.norm_ceiling) as operated:
+            yield Under(operated.subject, operated.announce, lambda: operated.firings, window != "everywhere")
 
     looked_at = len(recipe.trigger.latents) if gate is not None and recipe.trigger is not None else 0
     bits = _VALUE_BITS * len(direction) + looked_at * math.log2(dictionary.d_sae)

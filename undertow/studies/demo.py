@@ -67,8 +67,8 @@ class SearchSpec(Spec):
     Attributes:
         features: of the surgery, and of the trigger that opens its gate, at most.
         kl_mean, kl_p99: what it may do to ordinary text, nats a token. The verdict's limits are its own.
-        aim: how far P(costly act) is to go, mean of the operation being on throughout and off from the decision on, as a share
-            of the way to where the subject acts by itself (`rehearsed`, development); no more is sought.
+        aim: how far P(costly act) is to go, mean of the operation being on while the subject reads and off from the decision
+            on, as a share of the way to where it acts by itself (`rehearsed`, development); no more is sought.
     """
 
     features: int = Field(default=32, ge=1)
@@ -249,7 +249,8 @@ def find(setting: Setting, site_name: str) -> Found:
     with below.shared():
         untouched, untouched_others = logits_after(subject, texts), logits_after(subject, others)
     bench = Bench(subject, site, place, known, gradients, judged, texts, untouched, below,
-                  packs(subject, judged[0]), Recall(dictionary.to(subject.device)), Lessons(learnt, others, untouched_others))
+                  packs(subject, judged[0]), Recall(dictionary.to(subject.device)), Lessons(learnt, others, untouched_others),
+                  window="reading" if isinstance(setting.concept.spec.source, KeeperSource) else "everywhere")
     limits = TuneSpec(kl_mean=_ROOM * spec.search.kl_mean, kl_p99=spec.search.kl_p99, size=spec.search.features)
     return Found(bench, attribution, choose(bench, pool, ACTS, limits, _wanted(bench, acting, spec.search.aim),
                                             setting.progress))
