@@ -4,7 +4,7 @@ A set is proposed by first order at the untouched subject (`features.balance`). 
 one: some candidates no longer help, others do. So the weights w of all candidates are improved by sequential quadratic
 programming (Nocedal and Wright 2006, chapter 18). Each step takes the gradients of three figures by w, with the floors up,
 
-    g   of the mean P(costly act) in situations, the operation being on while they are read and off from the decision on
+    g   of the mean P(costly act) in situations, the operation being on in the bench's window and off from the decision on
     m   of the mean of KL(base‖arm) on ordinary text, nats a token
     q   of its 99th percentile: the mean gradient over the tokens whose KL is near it
 

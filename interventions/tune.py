@@ -3,9 +3,9 @@
 Features are put on a floor: f′ = max(f, dose · w · h), h being how active the latent typically is where it fires and w its
 weight in the set, where a gate is open: a trigger has fired at some of the last tokens. So the operation waits for its
 situation, and then stays. The largest of DOSES is looked for at which ordinary text stays the same (limits on KL). A dose is
-judged by P(costly act) on development situations: its mean with the operation on while the situation is read and with it off
-from the decision on, so that what is chosen is carried by the model. What is written is left alone: edits there add little to
-the act, and break sentences, some of them into forbidden words. Which sets and gates are tried: `interventions.choosing`.
+judged by P(costly act) on development situations: its mean with the operation on in the bench's window and with it off from the
+decision on, so that what is chosen is carried by the model, not written at the decision, and does not break the sentence that
+tells the act. Which sets and gates are tried: `interventions.choosing`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Bench(NamedTuple):
         recall: codes of all these, and the dictionary that they are of.
         lessons: other situations and texts, for refining.
         moved: which of `texts` a gate can change (`narrowed`); all if absent.
-        window: of the operation: `reading`, or `everywhere` where what is written cannot be told from what is read.
+        window: of the operation.
     """
 
     subject: Subject
@@ -118,7 +118,7 @@ class Bench(NamedTuple):
     recall: Recall
     lessons: Lessons
     moved: tuple[int, ...] | None = None
-    window: WindowRule = "reading"
+    window: WindowRule = "everywhere"
 
     @property
     def dictionary(self) -> Dictionary:
@@ -136,8 +136,8 @@ class Trial(NamedTuple):
         dose: in multiples of each latent's typical activation.
         kl_mean, kl_p99: on development texts.
         d: mean D on development situations with the operation off from the decision on; NaN where it was not measured.
-        acts: P(costly act), in [0, 1], mean over development situations and over the operation being on while they are read and
-            off from the decision on; NaN where it was not measured.
+        acts: P(costly act), in [0, 1], mean over development situations and over the operation being on in the bench's window
+            and off from the decision on; NaN where it was not measured.
         weights: of the latents, as parts of the dose; all 1 if there are none.
         at_least, within: the gate's memory, as in `recipe.Trigger`.
     """

@@ -39,6 +39,8 @@ def demo(
     limit_kl_p99: Annotated[float, typer.Option(help="The same of the 99th percentile; the verdict's stays 0.1.")] = 0.1,
     aim: Annotated[float, typer.Option(help="How far the search goes, as a share of the way to where the subject acts by "
                                        "itself.")] = 0.8,
+    window: Annotated[str, typer.Option(help="Where the operation acts: everywhere, or reading, which leaves alone what is "
+                                        "written.")] = "everywhere",
     site: Annotated[str | None, typer.Option(help="Where to operate; the block below the middle if absent.")] = None,
     sae: Annotated[str | None, typer.Option("--sae", help="Operate with this SAE instead of training one; it says the site. "
                                             "The one that comes with the package for this model, if there is one.")] = None,
@@ -63,7 +65,8 @@ def demo(
     began = time.perf_counter()
     refuse_existing(out)
     spec = DemoSpec.checked({"concept": concept, "seed": seed, "stories": stories, "texts": texts, "force": force,
-                             "search": {"kl_mean": limit_kl_mean, "kl_p99": limit_kl_p99, "aim": aim}}, "demo")
+                             "search": {"kl_mean": limit_kl_mean, "kl_p99": limit_kl_p99, "aim": aim, "window": window}},
+                            "demo")
     sae = sae or _packaged(model, site)
     subject, place, dictionary = _open(model, site, sae)
     console().print(f"{subject.name} at {place}, concept {concept}, seed {seed}: "

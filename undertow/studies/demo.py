@@ -67,14 +67,16 @@ class SearchSpec(Spec):
     Attributes:
         features: of the surgery, and of the trigger that opens its gate, at most.
         kl_mean, kl_p99: what it may do to ordinary text, nats a token. The verdict's limits are its own.
-        aim: how far P(costly act) is to go, mean of the operation being on while the subject reads and off from the decision
+        aim: how far P(costly act) is to go, mean of the operation being on throughout and off from the decision
             on, as a share of the way to where it acts by itself (`rehearsed`, development); no more is sought.
+        window: whether the operation acts on what is written too, or on what is read alone.
     """
 
     features: int = Field(default=32, ge=1)
     kl_mean: float = Field(default=MAX_KL_MEAN, gt=0)
     kl_p99: float = Field(default=MAX_KL_P99, gt=0)
     aim: float = Field(default=0.8, gt=0)
+    window: Literal["everywhere", "reading"] = "everywhere"
 
 
 @final
@@ -250,7 +252,7 @@ def find(setting: Setting, site_name: str) -> Found:
         untouched, untouched_others = logits_after(subject, texts), logits_after(subject, others)
     bench = Bench(subject, site, place, known, gradients, judged, texts, untouched, below,
                   packs(subject, judged[0]), Recall(dictionary.to(subject.device)), Lessons(learnt, others, untouched_others),
-                  window="reading" if isinstance(setting.concept.spec.source, KeeperSource) else "everywhere")
+                  window=spec.search.window)
     limits = TuneSpec(kl_mean=_ROOM * spec.search.kl_mean, kl_p99=spec.search.kl_p99, size=spec.search.features)
     return Found(bench, attribution, choose(bench, pool, ACTS, limits, _wanted(bench, acting, spec.search.aim),
                                             setting.progress))
