@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import final
 
 import numpy as np
 
@@ -37,6 +38,7 @@ WINDOWS: tuple[WindowRule, ...] = ("everywhere", "reading", "before_decision")
 DOCUMENTS = 400
 
 
+@final
 class Arm:
     """The subject, or the subject under a recipe whose window is placed at a prompt's end."""
 
