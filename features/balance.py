@@ -12,8 +12,9 @@ between tokens H is estimated too badly from a few texts, and what was chosen by
 
 The largest G·w at a given wᵀHw + c·(L·w)², w ≥ 0, with L what each latent does to the word, is a non-negative least squares
 problem: latents that raise the word are taken together with others that lower it. Its solution is sparse by itself; it is cut
-to a wanted number of latents by leaving out the least w_i·G_i, one at a time. G is summed over the tokens at which the
-operation acts; H and L over all tokens, as if it acted everywhere, since a gate that is seldom open leaves too few for them.
+to a wanted number of latents by leaving out the least w_i·G_i, one at a time. G and L are summed over the tokens of situations
+at which the operation acts; H over all tokens of ordinary text, as if it acted everywhere, since a gate that is seldom open
+leaves too few for it.
 """
 
 from __future__ import annotations
@@ -76,14 +77,14 @@ class Balance(NamedTuple):
         pool: the candidates, latents.
         gain: on D, nats, at the tokens of the situations; their sum over tokens, divided by the situations, is G.
         harm: a of the formula, nats, at the tokens of ordinary text, once for each draw.
-        word: L, on the log of the word's probability, summed over a text, nats.
+        word: on the log of the word's probability in a situation, nats, at the same tokens as `gain`; likewise L.
         fires, fires_ordinary: where all latents are active at the tokens of the first two.
     """
 
     pool: tuple[int, ...]
     gain: Float[np.ndarray, "token pool"]
     harm: Float[np.ndarray, "token pool"]
-    word: Float[np.ndarray, "pool"]
+    word: Float[np.ndarray, "token pool"]
     fires: Firings
     fires_ordinary: Firings
 
@@ -134,7 +135,7 @@ class Slopes(NamedTuple):
     Attributes:
         decisions: of D, in baseline situations (`carried.decision_slopes`).
         drawn: of what the model says next in ordinary text (`drawn_slopes`).
-        word: of the word in ordinary text (`word_slopes`).
+        word: of the word in the same situations (`word_slopes`).
     """
 
     decisions: list[Slope]
@@ -150,8 +151,7 @@ def balance(dictionary: Dictionary, slopes: Slopes, pool: Sequence[int], known: 
         return torch.cat([room(dictionary, slope, known)[:, chosen].double() for slope in of]).numpy(force=True)
 
     return Balance(tuple(chosen), effects(slopes.decisions), effects(slopes.drawn),
-                   effects(slopes.word).sum(axis=0) / len(slopes.word),
-                   _firings(dictionary, slopes.decisions), _firings(dictionary, slopes.drawn))
+                   effects(slopes.word), _firings(dictionary, slopes.decisions), _firings(dictionary, slopes.drawn))
 
 
 def balanced(made: Balance, price: float, memory: Memory, most: int) -> Balanced:
@@ -166,9 +166,9 @@ def balanced(made: Balance, price: float, memory: Memory, most: int) -> Balanced
 
 def weights_of(made: Balance, acts: Bool[np.ndarray, "token"], most: int) -> Float[np.ndarray, "pool"]:
     """w of every candidate, the largest 1, at most `most` of them above 0, for an operation that acts where `acts`."""
-    gain = made.gain[acts].sum(axis=0)
+    gain, word = made.gain[acts].sum(axis=0), made.word[acts].sum(axis=0)
     information = _scaled(made.harm.T @ made.harm)
-    information += np.diag(_RIDGE * np.diag(information) + 1e-9) + _WORD * _scaled(np.outer(made.word, made.word))
+    information += np.diag(_RIDGE * np.diag(information) + 1e-9) + _WORD * _scaled(np.outer(word, word))
     kept = np.arange(len(gain))
     while True:
         found = _largest(information[np.ix_(kept, kept)], gain[kept])

@@ -132,13 +132,13 @@ def matched_latents(table: ExampleTable, dictionary: Dictionary, latents: Sequen
             for latent in latents}
 
 
-def word_tokens(subject: Subject, lexicon: Lexicon) -> Int64[Tensor, "token"]:
-    """Tokens that begin a T0 form and say at least half of it, as the tokenizer itself would spell it.
+def word_tokens(subject: Subject, lexicon: Lexicon, share: float = 0.5) -> Int64[Tensor, "token"]:
+    """Tokens that begin a T0 form and say at least `share` of it (in bytes), as the tokenizer itself would spell it.
 
-    Where no token says half of a form, all first tokens of spellings are given. Raises SpecError if there is none at all.
+    Where no token says as much of a form, all first tokens of spellings are given. Raises SpecError if there is none at all.
     """
     vocabulary = read_vocabulary(subject.tokenizer)
-    halves, firsts = set(), set()
+    most, firsts = set(), set()
     for form in lexicon.forms("T0"):
         for text in (form.text, form.text.capitalize(), form.text.upper()):
             for spelt in (text, f" {text}"):
@@ -146,12 +146,12 @@ def word_tokens(subject: Subject, lexicon: Lexicon) -> Int64[Tensor, "token"]:
                 if not ids or ids[0] in vocabulary.special or not vocabulary.tokens[ids[0]].strip():
                     continue
                 firsts.add(ids[0])
-                if 2 * len(vocabulary.tokens[ids[0]].strip()) >= len(text.encode()):
-                    halves.add(ids[0])
+                if len(vocabulary.tokens[ids[0]].strip()) >= share * len(text.encode()):
+                    most.add(ids[0])
     if not firsts:
         raise SpecError(f"no form of lexicon {lexicon.name!r} can be written with the tokenizer of {subject.name}",
                         "use a lexicon in the language and script of the model")
-    return torch.tensor(sorted(halves or firsts))
+    return torch.tensor(sorted(most or firsts))
 
 
 def logit_scores(directions: Float[Tensor, "k d_model"], unembed: UnembedView, tokens: Int64[Tensor, "token"]

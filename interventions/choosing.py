@@ -1,9 +1,9 @@
 """Choosing a set, its gate and its dose: proposed by first order, refined where it stands, judged by what it does.
 
 Every gate of the spec gets the set that suits it (`features.balance`), at the largest dose within the limits and at smaller
-ones. The best of these is refined (`interventions.refining`) and judged again in the same way. Of all that was judged the
-smallest change of ordinary text is taken with which the act is as likely as was wanted; if none is, the one of the most
-likely act.
+ones. The best of these is refined (`interventions.refining`) and judged again in the same way. Of all that leaves the word
+alone the smallest change of ordinary text is taken with which the act is as likely as was wanted; if none is, the one of the
+most likely act. Where everything raises the word, the same is taken of everything, and it is for the verdict to say so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from features.balance import Balance, balance, balanced
 from interventions.refining import refined
-from interventions.tune import Bench, Trial, TuneSpec, judged, largest_dose, narrowed, response
+from interventions.tune import Bench, Trial, TuneSpec, judged, largest_dose, opened, response
 from undertow.subjects.splicing import Memory
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ def choose(bench: Bench, pool: Sequence[int], acts: tuple[str, str], spec: TuneS
             trials += _at_doses(bench, proposed, acts, spec, spec.factors)
         progress("select", done, steps)
 
-    def worth(trial: Trial) -> tuple[float, float]:
-        return min(trial.acts, wanted), -trial.kl_p99
+    def worth(trial: Trial) -> tuple[bool, float, float]:
+        return trial.word <= spec.word, min(trial.acts, wanted), -trial.kl_p99
 
     if trials and bench.packs:
         trials += _at_doses(bench, refined(bench, made, max(trials, key=worth), acts[0], spec), acts, spec, spec.fine)
@@ -68,6 +68,6 @@ def _proposed(made: Balance, gate: tuple[float, int, int], spec: TuneSpec) -> Tr
 
 def _at_doses(bench: Bench, proposed: Trial, acts: tuple[str, str], spec: TuneSpec, factors: Sequence[float]) -> list[Trial]:
     """A set judged at the largest dose within the limits and at smaller ones; empty if there is none."""
-    bench = narrowed(bench, proposed)
+    bench = bench._replace(moved=opened(bench, proposed, bench.texts))
     largest = largest_dose(bench, proposed, spec)
     return [] if largest is None else [judged(bench, largest, acts), *response(bench, largest, acts, factors)]

@@ -9,8 +9,8 @@ programming (Nocedal and Wright 2006, chapter 18). Each step takes the gradients
     q   of its 99th percentile: the mean gradient over the tokens whose KL is near it
 
 and goes by the δ that maximises g·δ where, to first order, both stay within their limits, w + δ ≥ 0, the word is moved no
-more than before (|L·(w + δ)| ≤ |L·w|, L being `balance`'s), and δᵀHδ ≤ r²·wᵀHw with `balance`'s H. Only the blocks above the
-site are run, forth and back. What comes out is a proposal again: its dose is looked for on other texts.
+more than before (|L·(w + δ)| ≤ |L·w|, L being `balance`'s under the trial's gate), and δᵀHδ ≤ r²·wᵀHw with `balance`'s H. Only
+the blocks above the site are run, forth and back. What comes out is a proposal again: its dose is looked for on other texts.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from features.balance import Balance
 from interventions.applying import Operated, first_window, is_open
 from interventions.recall import Recall
 from interventions.recipe import Recipe, Trigger, WindowRule
-from interventions.tune import Bench, Trial, TuneSpec, floors, narrowed, same
+from interventions.tune import Bench, Trial, TuneSpec, floors, opened, same
 from undertow.subjects.organisms.measuring import log_masses
 from undertow.subjects.padding import batches, pad
-from undertow.subjects.splicing import EditResult, splice
+from undertow.subjects.splicing import EditResult, Memory, splice
 
 _RADII = (0.25, 0.25, 0.2, 0.2, 0.15)  # r of every step
 _NEAR = 0.15  # how far from the 99th percentile a token's KL may lie, as a share of it
@@ -98,7 +98,8 @@ class Lifting:
     """
 
     def __init__(self, bench: Bench, trial: Trial, latents: Sequence[int]) -> None:
-        self._bench, self._latents = narrowed(bench, trial), tuple(latents)
+        self._bench, self._latents = bench, tuple(latents)
+        self._moved = opened(bench, trial, bench.lessons.texts)
         self._recipe: Recipe = floors(bench, trial)
         self._unit = torch.tensor([float(bench.known.high[latent]) for latent in latents], device=bench.subject.device)
 
@@ -124,13 +125,12 @@ class Lifting:
 
     def change(self, weights: Float[np.ndarray, "k"], near: float) -> Change:
         """Of the texts of `lessons`; `near`: about where the 99th percentile is, at whose tokens its gradient is taken."""
-        bench, (_, texts, untouched, moved), edit = self._bench, self._bench.lessons, self._edit(weights)
+        bench, (_, texts, untouched), edit = self._bench, self._bench.lessons, self._edit(weights)
         found = {i: np.zeros(len(logits)) for i, logits in enumerate(untouched)}
-        moved = range(len(texts)) if moved is None else moved
         mean, high, tail = torch.zeros_like(edit.weights), torch.zeros_like(edit.weights), 0
         with (torch.enable_grad(), bench.below.shared(),
               splice(bench.subject, bench.site, edit, self._recipe.norm_ceiling, None, self._recipe.memory, False)):
-            for batch in ([moved[at] for at in some] for some in batches([texts[i] for i in moved], _BATCH)):
+            for batch in ([self._moved[at] for at in some] for some in batches([texts[i] for i in self._moved], _BATCH)):
                 rows, attend = pad([texts[i] for i in batch], bench.subject, "right")
                 logits = bench.subject.hf_model(input_ids=rows, attention_mask=attend, use_cache=False).logits.float()
                 read = attend.bool().index_fill(1, torch.tensor([0], device=attend.device), False)  # all but the first tokens
@@ -165,7 +165,7 @@ def refined(bench: Bench, made: Balance, trial: Trial, costly: str, spec: TuneSp
     weights[[place[latent] for latent in trial.latents]] = trial.dose * np.array(trial.weights or (1.0,) * len(trial.latents))
     information = made.harm.T @ made.harm / len(made.harm)
     information += np.diag(_RIDGE * np.diag(information) + 1e-12)
-    near, word = trial.kl_p99, made.word
+    near, word = trial.kl_p99, made.word[made.fires.opened(trial.trigger, Memory(trial.at_least, trial.within))].sum(axis=0)
     for radius in _RADII:
         rise, change = lifting.rise(weights, costly), lifting.change(weights, near)
         near = change.p99

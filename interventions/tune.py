@@ -5,7 +5,8 @@ weight in the set, where a gate is open: a trigger has fired at some of the last
 situation, and then stays. The largest of DOSES is looked for at which ordinary text stays the same (limits on KL). A dose is
 judged by P(costly act) on development situations: its mean with the operation on in the bench's window and with it off from the
 decision on, so that what is chosen is carried by the model, not written at the decision, and does not break the sentence that
-tells the act. Which sets and gates are tried: `interventions.choosing`.
+tells the act; and by the word's probability in situations, where the gate is open. Which sets and gates are tried, and what is
+made of these figures: `interventions.choosing`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from torch import Tensor
 from features.balance import Slopes
 from features.carried import Levels
 from features.concepts import Situation
-from interventions.applying import Gate, apply, trigger_gate
+from interventions.applying import apply, trigger_gate
 from interventions.audit import kl_on
 from interventions.operators import Floor
 from interventions.recall import Recall
 from interventions.recipe import FeatureEdit, Recipe, WindowRule
+from interventions.word_mass import Watched, masses, ratio
 from sae.dictionary import Dictionary
 from undertow.core.spec import Spec
 from undertow.subjects.organisms.measuring import Answer, Question, ask, worded
@@ -50,6 +52,8 @@ class TuneSpec(Spec):
         kl_mean, kl_p99: limits on KL(base‖arm), nats a token, on development texts: on its mean, stricter than a verdict's,
             which is measured on other texts; and on the upper bound of what the 99th percentile may be on as many other texts
             (`same`): of a gate that is seldom open, the percentile itself says little.
+        word: limit on the upper bound of the word's mass in situations over that of the untouched subject (`word_mass.ratio`),
+            stricter than a verdict's: what goes beyond it is taken only where nothing else is left.
         size: features in a set, and in the trigger that opens its gate, at most.
         gates: each is tried: the price of acting on ordinary text (`balance.trigger_of`), and the gate's memory, at how many of
             how many tokens the trigger must have fired.
@@ -60,6 +64,7 @@ class TuneSpec(Spec):
 
     kl_mean: float = Field(default=0.0095, gt=0)
     kl_p99: float = Field(default=0.1, gt=0)
+    word: float = Field(default=1.1, gt=1)
     size: int = Field(default=32, ge=1)
     gates: tuple[tuple[float, int, int], ...] = Field(default=((3.0, 2, 8), (3.0, 3, 16), (3.0, 5, 16)), min_length=1)
     factors: tuple[float, ...] = (0.8,)
@@ -76,13 +81,11 @@ class Lessons(NamedTuple):
         questions: discovery situations.
         texts: ordinary texts, as token ids.
         untouched: logits of the untouched subject after their tokens.
-        moved: which texts a gate can change (`narrowed`); all if absent.
     """
 
     questions: list[Question]
     texts: list[list[int]]
     untouched: list[Float[Tensor, "_ vocab"]]
-    moved: tuple[int, ...] | None = None
 
 
 @final
@@ -95,13 +98,14 @@ class Bench(NamedTuple):
         known: how active every latent typically is.
         slopes: gradients in discovery situations and ordinary texts, from which sets are proposed.
         questions: development situations.
+        watched: situations in which the word is watched.
         texts: development texts without a decision, as token ids.
         untouched: logits of the untouched subject after their tokens (`logits_after`).
         below: what is computed of them below the site, once for all recipes.
         packs: whether the subject computes packed rows exactly (`measuring.packs`).
         recall: codes of all these, and the dictionary that they are of.
         lessons: other situations and texts, for refining.
-        moved: which of `texts` a gate can change (`narrowed`); all if absent.
+        moved: which of `texts` a gate can change (`opened`); all if absent.
         window: of the operation.
     """
 
@@ -111,6 +115,7 @@ class Bench(NamedTuple):
     known: Levels
     slopes: Slopes
     questions: list[Question]
+    watched: Watched
     texts: list[list[int]]
     untouched: list[Float[Tensor, "_ vocab"]]
     below: Below
@@ -140,6 +145,8 @@ class Trial(NamedTuple):
             and off from the decision on; NaN where it was not measured.
         weights: of the latents, as parts of the dose; all 1 if there are none.
         at_least, within: the gate's memory, as in `recipe.Trigger`.
+        word: upper bound of the word's mass in situations, as a multiple of the untouched subject's; NaN where it was not
+            measured.
     """
 
     latents: tuple[int, ...]
@@ -152,6 +159,7 @@ class Trial(NamedTuple):
     weights: tuple[float, ...] = ()
     at_least: int = 1
     within: int = 1
+    word: float = float("nan")
 
     def heights(self, known: Levels) -> list[float]:
         """The floor of every latent, in its own units."""
@@ -204,30 +212,23 @@ def sameness(bench: Bench, recipe: Recipe) -> Same:
     return same(kl)
 
 
-def narrowed(bench: Bench, trial: Trial) -> Bench:
-    """The bench for a trial's gate: where it is never open, a text is what it was at any dose, and no pass is needed.
+def opened(bench: Bench, trial: Trial, texts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The texts in which a trial's gate opens: any other is what it was at any dose, and no pass is needed.
 
     A gate opens by activations at the site, which no edit there changes. Tokens that a splice leaves out (the first of a text,
-    massive ones) are taken to fire, so that a text may be counted as moved that is not.
+    massive ones) are taken to fire, so that a text may be among them that is not changed.
     """
     trigger = floors(bench, trial).trigger
     if trigger is None:
-        return bench
-    gate = trigger_gate(trigger, bench.dictionary)
-    return bench._replace(moved=_opened(bench, gate, bench.texts),
-                          lessons=bench.lessons._replace(moved=_opened(bench, gate, bench.lessons.texts)))
-
-
-def _opened(bench: Bench, gate: Gate, texts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The texts in which a gate opens."""
-    found: list[int] = []
+        return tuple(range(len(texts)))
+    gate, found = trigger_gate(trigger, bench.dictionary), list[int]()
     with bench.below.shared():
         for batch in batches(texts, _BATCH):
             rows, attend = pad([texts[i] for i in batch], bench.subject, "right")
             x = tap(bench.subject, rows, bench.site, attend.bool())
             fired = gate.opens(x.flatten(0, 1)).reshape(rows.shape).to(rows.device) & attend.bool()
-            opened = fired if gate.memory is None else gate.memory.opened(fired, rows.shape[1])
-            found += [i for i, is_open in zip(batch, opened.any(dim=1).tolist(), strict=True) if is_open]
+            is_open = fired if gate.memory is None else gate.memory.opened(fired, rows.shape[1])
+            found += [i for i, some in zip(batch, is_open.any(dim=1).tolist(), strict=True) if some]
     return tuple(sorted(found))
 
 
@@ -290,7 +291,10 @@ def judged(bench: Bench, trial: Trial, acts: tuple[str, str]) -> Trial:
     before = answers(bench, floors(bench, trial, "before_decision"), bench.questions)
     whole = [math.exp(answer.log_mass[acts[0]])
              for answer in (*before, *answers(bench, floors(bench, trial), bench.questions))]
-    return trial._replace(d=mean_d(before, *acts), acts=float(np.mean(whole)))
+    watched = bench.watched
+    with bench.below.shared(), apply(floors(bench, trial), bench.subject, bench.dictionary, recall=bench.recall):
+        _, word = ratio(masses(bench.subject, watched.rows, watched.tokens), watched.untouched)
+    return trial._replace(d=mean_d(before, *acts), acts=float(np.mean(whole)), word=word)
 
 
 def response(bench: Bench, chosen: Trial, acts: tuple[str, str], factors: Sequence[float]) -> list[Trial]:

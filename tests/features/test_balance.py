@@ -19,7 +19,7 @@ from undertow.subjects.splicing import Memory
 
 
 def of(gain: Sequence[Sequence[float]], harm: Sequence[Sequence[float]], fires: Sequence[Sequence[int]] = (),
-       fires_ordinary: Sequence[Sequence[int]] = (), word: Sequence[float] = ()) -> Balance:
+       fires_ordinary: Sequence[Sequence[int]] = (), word: Sequence[Sequence[float]] = ()) -> Balance:
     """Every token of the situations is a situation of its own; ordinary text is one text."""
 
     def firings(given: Sequence[Sequence[int]], n: int, one_text: bool) -> Firings:
@@ -27,7 +27,7 @@ def of(gain: Sequence[Sequence[float]], harm: Sequence[Sequence[float]], fires: 
                        (n,) if one_text else (1,) * n)
 
     return Balance(tuple(range(10, 10 + len(gain[0]))), np.array(gain, dtype=float), np.array(harm, dtype=float),
-                   np.array(word if len(word) else np.zeros(len(gain[0])), dtype=float),
+                   np.array(word if len(word) else np.zeros_like(gain), dtype=float),
                    firings(fires, len(gain), False), firings(fires_ordinary, len(harm), True))
 
 
@@ -52,10 +52,17 @@ def test_a_latent_that_raises_the_word_is_taken_with_one_that_lowers_it() -> Non
     gain, harm = [[3, 1, 1]], np.eye(3).tolist()
     plain = fitted(of(gain, harm), 3)
     assert plain == pytest.approx([1, 1 / 3, 1 / 3])
-    held = fitted(of(gain, harm, word=[1, -1, 0]), 3)
+    held = fitted(of(gain, harm, word=[[1, -1, 0]]), 3)
     assert held[0] - held[1] < 0.5 * (plain[0] - plain[1])
     assert held[2] < held[1]
-    assert fitted(of(gain, harm, word=[1, 0, 0]), 3)[0] < 1  # with nothing to lower it, it is held back
+    assert fitted(of(gain, harm, word=[[1, 0, 0]]), 3)[0] < 1  # with nothing to lower it, it is held back
+
+
+def test_the_word_counts_where_the_operation_acts() -> None:
+    """The first latent raises the word at a token at which the gate is shut."""
+    made = of([[3, 1, 1], [0, 0, 0]], np.eye(3).tolist(), word=[[0, 0, 0], [5, 0, 0]])
+    assert fitted(made, 3, [True, False]) == pytest.approx([1, 1 / 3, 1 / 3])
+    assert fitted(made, 3, [True, True])[1] > 0.5
 
 
 @settings(max_examples=25, deadline=None)
@@ -128,10 +135,10 @@ def test_effects_are_room_times_direction_times_gradient() -> None:
     """One token, latents 0 and 1 of an identity SAE: (0.8 − 0.5)·2 and (0.8 − 0)·3."""
     sae = LinearDictionary(torch.eye(3), torch.zeros(3), torch.eye(3), torch.zeros(3), ReLU(), Provenance("", "", 8, True))
     slope = Slope(torch.tensor([[0.5, 0.0, 0.9]]), torch.tensor([[2.0, 3.0, 4.0]]))
-    made = balance(sae, Slopes([slope], [slope, slope], [slope, slope]), [0, 1, 2], Levels(np.ones(3), np.full(3, 0.8)))
+    made = balance(sae, Slopes([slope], [slope, slope], [slope]), [0, 1, 2], Levels(np.ones(3), np.full(3, 0.8)))
     assert made.gain == pytest.approx(np.array([[0.6, 2.4, 0.0]]))
     assert made.harm == pytest.approx(np.repeat(made.gain, 2, axis=0))
-    assert made.word == pytest.approx(made.gain[0])
+    assert made.word == pytest.approx(made.gain)
     assert made.fires.fires.toarray().tolist() == [[1, 0, 1]]
     assert (made.fires.lengths, made.fires_ordinary.lengths) == ((1,), (1, 1))
 

@@ -134,6 +134,14 @@ def test_word_tokens_say_at_least_half_of_a_form() -> None:
         assert len(said) >= 2
 
 
+def test_tokens_that_say_a_whole_form() -> None:
+    model = subject()
+    whole, halves = (word_tokens(model, LOVE, share=share).tolist() for share in (1.0, 0.5))
+    said = {str(model.tokenizer.decode([token])).strip().lower() for token in whole}
+    assert said <= {form.text.lower() for form in LOVE.forms("T0")} and "love" in said
+    assert set(whole) < set(halves)
+
+
 def test_refusals() -> None:
     unknown = Lexicon.from_spec(LexiconSpec.checked({"name": "none", "tiers": {"T0": {"en": ["love"]}}}))
     emptied = dataclasses.replace(unknown, entries=tuple(f._replace(text="") for f in unknown.entries))

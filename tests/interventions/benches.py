@@ -13,13 +13,15 @@ from features.codes import dictionary_digest
 from interventions.audit import logits_after
 from interventions.recall import Recall
 from interventions.tune import Bench, Lessons, Trial, TuneSpec
+from interventions.word_mass import watched
 from tests.features.planted import D_SAE, planted
 from undertow.subjects.organisms.measuring import Question, packs, tokens_of
 from undertow.subjects.sharing import Below
 
 ACTS = ("give", "keep")
 KNOWN = Levels(np.ones(D_SAE), np.linspace(100.0, 130.0, D_SAE))  # the planted latents stand at about 50
-LOOSE = TuneSpec(kl_mean=10.0, kl_p99=10.0, size=2, pool=3, gates=((0.5, 1, 1), (0.5, 2, 4)), min_open=0.0)
+WORD = torch.tensor([5])
+LOOSE = TuneSpec(kl_mean=10.0, kl_p99=10.0, word=1e3, size=2, pool=3, gates=((0.5, 1, 1), (0.5, 2, 4)), min_open=0.0)
 
 
 @cache
@@ -34,8 +36,8 @@ def bench() -> Bench:
                  {"subject": made.subject.digest, "sae": dictionary_digest(made.dictionary), "site": made.site.name},
                  KNOWN, Slopes(decision_slopes(made.subject, made.site, [pair.negative for pair in made.pairs[:4]]),
                                drawn_slopes(made.subject, made.site, texts, 1),
-                               word_slopes(made.subject, made.site, texts, torch.tensor([5]))),
-                 asked[:4], texts,
+                               word_slopes(made.subject, made.site, [question.prompt for question in asked[:4]], WORD)),
+                 asked[:4], watched(made.subject, [question.prompt for question in asked[:4]], WORD), texts,
                  logits_after(made.subject, texts), Below(made.subject, made.site), packs(made.subject, asked[0]),
                  Recall(made.dictionary), Lessons(asked[4:], others, logits_after(made.subject, others)))
 

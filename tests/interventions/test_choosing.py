@@ -57,6 +57,18 @@ def test_no_more_than_is_wanted(bench: Bench, tried: list[Trial]) -> None:
     assert choose(bench, [0, 1, 2, 3], ACTS, LOOSE, wanted=2.0)[-1] == tried[-1]  # out of reach: the most there is
 
 
+def test_what_leaves_the_word_alone_comes_first(bench: Bench, tried: list[Trial]) -> None:
+    """A limit that only some keep: the chosen one keeps it, though another does more. One that none keeps changes nothing."""
+    assert all(trial.word > 0 for trial in tried)
+    limit = sorted(trial.word for trial in tried)[len(tried) // 2]
+    kept = [trial for trial in tried if trial.word <= limit]
+    assert 0 < len(kept) < len(tried)
+    own = LOOSE.model_copy(update={"word": limit})  # not validated: a limit below 1 is one here
+    chosen = choose(bench, [0, 1, 2, 3], ACTS, own)[-1]
+    assert chosen.word <= limit and chosen.acts == max(trial.acts for trial in kept)
+    assert choose(bench, [0, 1, 2, 3], ACTS, LOOSE.model_copy(update={"word": 1e-9}))[-1] == tried[-1]
+
+
 def test_progress_never_passes_its_total(bench: Bench) -> None:
     seen: list[tuple[str, int, int]] = []
     choose(bench, [0, 1, 2], ACTS, LOOSE, progress=lambda phase, done, total: seen.append((phase, done, total)))

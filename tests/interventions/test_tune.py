@@ -8,7 +8,7 @@ import pytest
 from features.codes import dictionary_digest
 from interventions.audit import logits_after
 from interventions.recipe import Recipe
-from interventions.tune import DOSES, Bench, Same, TuneSpec, floors, judged, largest_dose, narrowed, response, same, sameness
+from interventions.tune import DOSES, Bench, Same, TuneSpec, floors, judged, largest_dose, opened, response, same, sameness
 from tests.features.planted import D_SAE
 from tests.interventions import benches
 from tests.interventions.benches import ACTS, KNOWN, LOOSE, at
@@ -93,12 +93,11 @@ def test_a_bench_without_the_texts_that_a_gate_leaves_alone_says_the_same(bench:
     rates = []
     for latents, at_least, within in (((0,), 1, 1), ((0, 1), 2, 4), ((2, 3), 3, 6), ((4, 5), 6, 8)):
         trial = at((0, 2), 2.0)._replace(trigger=latents, at_least=at_least, within=within)
-        narrow = narrowed(own, trial)
-        assert narrow.moved is not None and narrow.lessons.moved is not None
-        rates.append(len(narrow.moved))
-        whole, fewer = (sameness(of, floors(bench, trial)) for of in (own, narrow))
+        moved = opened(own, trial, texts)
+        rates.append(len(moved))
+        whole, fewer = (sameness(of, floors(bench, trial)) for of in (own, own._replace(moved=moved)))
         assert fewer == pytest.approx(whole, rel=1e-4, abs=1e-9)
-    assert narrowed(own, at((0,), 1.0)) is own  # no gate: everywhere
+    assert opened(own, at((0,), 1.0), texts) == tuple(range(len(texts)))  # no gate: everywhere
     assert min(rates) < len(texts), rates
 
 

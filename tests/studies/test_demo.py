@@ -174,7 +174,8 @@ def test_figures_have_the_agreed_names(judged: tuple[Evidence, dict[str, object]
             "hazard_ratio_upper", "random_effect_max", "competence"} <= figures.keys()
     assert figures["arms"].keys() == {"stranger", "bonded", "L2", "L4", "L4-before", "sham", "lexical", "random"}
     assert {"n", "act_rate", "act_rate_low", "act_rate_high", "D", "hazard_mean", "hazard_max", "kl_mean", "kl_p99",
-            "guard_hits", "word_docs"} <= figures["arms"]["L4"].keys()
+            "guard_hits", "word_docs", "words_expected", "words_expected_low",
+            "words_expected_high"} <= figures["arms"]["L4"].keys()
     assert not {"kl_mean", "hazard_mean"} & figures["arms"]["bonded"].keys()  # not taken is absent
     assert figures["arms"]["random"]["sets"] == setting.spec.random_sets == 20
 

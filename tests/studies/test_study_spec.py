@@ -78,7 +78,7 @@ def test_keys_follow_what_the_figures_depend_on_and_nothing_else() -> None:
     before = keys()
     assert keys(**{"thresholds.recovery_high": 0.5, "about": "other"}) == before
     for search in ({"size.discovery": 20}, {"size.texts": 40}, {"thresholds.kl_mean": 0.5}, {"thresholds.kl_p99": 0.5},
-                   {"size.aim": 2.0}):
+                   {"size.aim": 2.0}, {"size.window": "everywhere"}):
         other = keys(**search)
         assert other["stranger", "choice", 0] == before["stranger", "choice", 0]
         assert other["L4", "choice", 0] != before["L4", "choice", 0]
@@ -92,6 +92,16 @@ def test_a_search_sees_as_many_texts_and_keeps_to_the_limits_of_its_study() -> N
     spec = load_study("ladder", {"size.texts": 9, "size.features": 4, "thresholds.kl_mean": 0.02, "thresholds.kl_p99": 1.0})
     assert demo_spec(spec, 3) == DemoSpec(seed=3, texts=9, search=SearchSpec(features=4, kl_mean=0.02, kl_p99=1.0))
     assert demo_spec(load_study("ladder"), 0) == DemoSpec()
+
+
+def test_a_battery_is_operated_everywhere_since_its_tellings_are_asked_together() -> None:
+    def window(**changes: object) -> str:
+        return demo_spec(load_study("ladder", changes), 0).search.window
+
+    assert (window(), window(**{"size.window": "everywhere"})) == ("reading", "everywhere")
+    assert window(concept="battery:care") == "everywhere"
+    with pytest.raises(SpecError, match="'reading' on a battery"):
+        load_study("ladder", {"concept": "battery:care", "size.window": "reading"})
 
 
 def test_stars_stand_for_every_feature_that_may_be_chosen() -> None:

@@ -32,15 +32,15 @@ def demo(
                                        "smollm2, hearth-smollm2, a Hugging Face name or a local folder.")] = "hearth",
     concept: Annotated[str, typer.Option(help="care (who did the good deeds) or care-said (is the word said).")] = "care",
     stories: Annotated[int, typer.Option(help="Fresh stories that every shown arm goes on with.")] = 400,
-    texts: Annotated[int, typer.Option(help="Stories on which the word's probability is measured, KL on six times as many; "
-                                       "fewer for a large model.")] = 24,
+    texts: Annotated[int, typer.Option(help="How many texts are measured: the word's probability in twice, KL on six times as "
+                                       "many; fewer for a large model.")] = 24,
     limit_kl_mean: Annotated[float, typer.Option(help="What the search may do to ordinary text: its mean KL, nats a token. The "
                                                  "verdict's limit stays 0.01.")] = 0.01,
     limit_kl_p99: Annotated[float, typer.Option(help="The same of the 99th percentile; the verdict's stays 0.1.")] = 0.1,
     aim: Annotated[float, typer.Option(help="How far the search goes, as a share of the way to where the subject acts by "
                                        "itself.")] = 0.8,
-    window: Annotated[str, typer.Option(help="Where the operation acts: everywhere, or reading, which leaves alone what is "
-                                        "written.")] = "everywhere",
+    window: Annotated[str, typer.Option(help="Where the operation acts: reading, which leaves alone what is written, or "
+                                        "everywhere.")] = "reading",
     site: Annotated[str | None, typer.Option(help="Where to operate; the block below the middle if absent.")] = None,
     sae: Annotated[str | None, typer.Option("--sae", help="Operate with this SAE instead of training one; it says the site. "
                                             "The one that comes with the package for this model, if there is one.")] = None,
@@ -98,13 +98,13 @@ def _packaged(model: str, site: str | None) -> str | None:
 def _times(subject: Subject, spec: DemoSpec) -> str:
     """How long everything takes, roughly, without training an SAE; and the gate: two situations a pair with all wordings."""
     from undertow.studies.arms import AUDITED, SAMPLED
-    from undertow.studies.demo import SAMENESS
+    from undertow.studies.demo import HAZARD, SAMENESS
     from undertow.studies.planning import TOKENS, search_tokens, speed
     from undertow.studies.preparing import parameters
 
     seconds = 2 * parameters(subject) / speed()  # a token
     scored = (spec.random_sets + _SCORED) * spec.scored * TOKENS["choice"]
-    texts = spec.texts * len(AUDITED) * (TOKENS["words"] + SAMENESS * TOKENS["sameness"])
+    texts = spec.texts * len(AUDITED) * (HAZARD * TOKENS["words"] + SAMENESS * TOKENS["sameness"])
     tokens = search_tokens(spec.texts) + scored + texts + len(SAMPLED) * spec.stories * TOKENS["sample"]
     gate = 2 * spec.discovery * GATE_TOKENS
     return (f"about {max(2, round(tokens * seconds / 60))} min in all; first the gate, "
@@ -154,7 +154,8 @@ def _show(outcome: Outcome, summary: dict[str, Any], out: Path) -> None:
     from rich.text import Text
 
     if "arms" in summary:
-        table = Table("arm", "acts", "P(act)", "D", "hazard", "KL mean", "KL p99", "guard hits", box=None, pad_edge=False)
+        table = Table("arm", "acts", "P(act)", "D", "hazard", "KL mean", "KL p99", "words", "guard hits", box=None,
+                      pad_edge=False)
         for arm in _ARMS:
             table.add_row(*_row(arm, summary["arms"][arm]))
         console().print(table)
@@ -180,4 +181,4 @@ def _row(arm: str, row: dict[str, Any]) -> list[str]:
         return format(row[name], digits) if name in row else "–"
 
     return [arm, cell("act_rate", ".3f"), cell("act_prob", ".3f"), cell("D", "+.2f"), cell("hazard_mean", ".2g"),
-            cell("kl_mean", ".4f"), cell("kl_p99", ".3f"), cell("guard_hits", "d")]
+            cell("kl_mean", ".4f"), cell("kl_p99", ".3f"), cell("words_expected", ".2g"), cell("guard_hits", "d")]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 
 from interventions.applying import apply
-from interventions.audit import Audit, AuditSpec, WordCount, audit, count_words, kl_on, logits_after, spellings
+from interventions.audit import Audit, AuditSpec, audit, count_words, kl_on, logits_after, spellings
 from interventions.guard import LexiconProcessor
 from interventions.guard_automaton import GuardMasks
 from interventions.operators import Strengthen
@@ -24,6 +24,7 @@ from undertow.lexicon.vocabulary import read_vocabulary
 from undertow.studies.demo import (
     ACTS,
     COSTLY_ACT,
+    HAZARD,
     LANGUAGES,
     RELATIVE,
     SAMENESS,
@@ -107,8 +108,9 @@ def run_arms(setting: Setting, bench: Bench, chosen: Trial) -> Arms:
     measured, guard = {}, LexiconProcessor(subject.tokenizer, setting.concept.lexicon, prompt="record")
     for arm, given in found.items():
         stories = told.reference if arm == "bonded" else told.base
-        free, guarded = sample(setting, recipes.get(arm), stories, guard, arm) if arm in SAMPLED else ([], [])
-        measured[arm] = Measured(given, free, guarded, gave_in(stories[: len(free)], free))
+        free, guarded, words = (sample(setting, recipes.get(arm), stories, guard, arm) if arm in SAMPLED
+                                else ([], [], np.zeros(0)))
+        measured[arm] = Measured(given, free, guarded, gave_in(stories[: len(free)], free), words)
     held = _ask(setting, told.held_out[: spec.scored])
     twins = _ask(setting, told.twins[: spec.scored])
     with straight(l4, subject, setting.dictionary) as operated:
@@ -132,7 +134,7 @@ def _d(given: Sequence[Answer], costly: str = ACTS[0], keep: str = ACTS[1]) -> F
 
 
 def _audits(setting: Setting, trie: TokenTrie, told: Scenes, recipes: Mapping[str, Recipe]) -> dict[str, Audit]:
-    rows = [setting.subject.encode(story.prompt()) for story in told.base[: setting.spec.texts]]
+    rows = [setting.subject.encode(story.prompt()) for story in told.base[: HAZARD * setting.spec.texts]]
     made: dict[str, Audit] = {}
     for arm in AUDITED:
         known = next(iter(made.values())).hazard_base if made else None
@@ -169,11 +171,7 @@ def evidence(setting: Setting, arms: Arms, competence: Mapping[str, Any]) -> tup
     base, reference = measured["stranger"].probs.mean(), measured["bonded"].probs.mean()
     random = tuple(float((value - base) / max(reference - base, 1e-9)) for value in arms.random)
     ratios = {arm: made.hazard_ratio(seed) for arm, made in arms.audits.items()}
-    vocabulary = read_vocabulary(setting.subject.tokenizer)
-    masks, lexicon = GuardMasks(vocabulary, setting.concept.lexicon), setting.concept.lexicon
-    free, guarded = ({arm: count_words(documents, vocabulary, lexicon, masks) for arm, documents in sampled.items()}
-                     for sampled in ({arm: measured[arm].documents for arm in SAMPLED},
-                                     {arm: measured[arm].guarded for arm in SAMPLED}))
+    said = _said(setting, measured)
     sham = max(float(np.abs(measured["sham"].probs - measured["stranger"].probs).max()), arms.audits["sham"].change,
                float(arms.kl["sham"].max()))
     kl = arms.kl["L4"]
@@ -181,15 +179,15 @@ def evidence(setting: Setting, arms: Arms, competence: Mapping[str, Any]) -> tup
         arms=frozenset({*measured, "random"}), sham_change=sham, competent=bool(competence["met"]),
         lexical_hazard_ratio=ratios["lexical"].value, effect=Interval(whole.value, whole.low, whole.high),
         random_effects=random,
-        hazard_ratio_upper=ratios["L4"].high, word_docs=free["L4"].word_docs, word_docs_base=free["stranger"].word_docs,
-        sampled=free["L4"].n, word_docs_guarded=guarded["L4"].word_docs,
+        hazard_ratio_upper=ratios["L4"].high, word_docs=said["L4"]["word_docs_free"],
+        word_docs_base=said["stranger"]["word_docs_free"], sampled=len(gave["L4"]), word_docs_guarded=said["L4"]["word_docs"],
         kl_mean=float(kl.mean()), kl_p99=float(np.quantile(kl, 0.99)))
     social = _d(measured["L4"].answers) - _d(measured["stranger"].answers)
     delta = mean(social, seed, "social").value - mean(arms.twins, seed, "twins").value
     spread = bootstrap(lambda rows: float(social[rows].mean() - arms.twins[rows % len(arms.twins)].mean()), len(social), seed,
                        "delta_d")
     figures = {
-        "arms": {arm: _row(arm, arms, (free, guarded), seed) for arm in measured} | {
+        "arms": {arm: _row(arm, arms, said.get(arm, {}), seed) for arm in measured} | {
             "random": {"n": setting.spec.scored, "sets": len(arms.random), "act_prob": float(np.mean(arms.random)),
                        "act_prob_max": float(max(arms.random))}},
         "recovery": whole.value, "recovery_low": whole.low, "recovery_high": whole.high,
@@ -203,15 +201,30 @@ def evidence(setting: Setting, arms: Arms, competence: Mapping[str, Any]) -> tup
     return judged, figures
 
 
-def _row(arm: str, arms: Arms, words: tuple[Mapping[str, WordCount], Mapping[str, WordCount]], seed: int) -> dict[str, Any]:
+def _said(setting: Setting, measured: Mapping[str, Measured]) -> dict[str, dict[str, int]]:
+    """Words said by the arms that were sampled. Most documents are the same with the guard on, and are read once."""
+    vocabulary, lexicon = read_vocabulary(setting.subject.tokenizer), setting.concept.lexicon
+    masks, found = GuardMasks(vocabulary, lexicon), {}
+    for arm in SAMPLED:
+        made = measured[arm]
+        free = [count_words([document], vocabulary, lexicon, masks) for document in made.documents]
+        guarded = [count if held is document else count_words([held], vocabulary, lexicon, masks)
+                   for count, document, held in zip(free, made.documents, made.guarded, strict=True)]
+        found[arm] = {"guard_hits": sum(count.guard_hits for count in free),
+                      "word_docs_free": sum(count.word_docs for count in free),
+                      "word_docs": sum(count.word_docs for count in guarded)}
+    return found
+
+
+def _row(arm: str, arms: Arms, said: Mapping[str, int], seed: int) -> dict[str, Any]:
     made = arms.measured[arm]
     row: dict[str, Any] = {"n": len(made.gave) or len(made.answers), "D": float(_d(made.answers).mean()),
                            "act_prob": float(made.probs.mean())}
     if len(made.gave):
-        rate = mean(made.gave, seed, "act_rate", arm)
-        row |= {"act_rate": rate.value, "act_rate_low": rate.low, "act_rate_high": rate.high,
-                "guard_hits": words[0][arm].guard_hits, "word_docs_free": words[0][arm].word_docs,
-                "word_docs": words[1][arm].word_docs}
+        rate, expected = mean(made.gave, seed, "act_rate", arm), mean(made.words, seed, "words", arm)
+        row |= {f"words_expected{end}": len(made.words) * value
+                for end, value in zip(("", "_low", "_high"), expected[:3], strict=True)}
+        row |= {"act_rate": rate.value, "act_rate_low": rate.low, "act_rate_high": rate.high, **said}
     if arm in arms.audits:
         hazard, kl = arms.audits[arm].hazard, arms.kl[arm]
         row |= {"hazard_mean": float(hazard.mean()), "hazard_max": float(hazard.max()), "kl_mean": float(kl.mean()),

@@ -13,9 +13,10 @@ from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from pydantic import Field
 from scipy.optimize import nnls
+from torch import Tensor
 
 from features.balance import Slopes, drawn_slopes, word_slopes
 from features.carried import Levels, attribution_of, decision_slopes, levels, lexical_direction
@@ -32,6 +33,7 @@ from interventions.recall import Recall
 from interventions.recipe import Recipe
 from interventions.tune import Bench, Lessons, Trial, TuneSpec, answers, question
 from interventions.verdict import MAX_KL_MEAN, MAX_KL_P99, Verdict
+from interventions.word_mass import Listening, watched
 from sae.dictionary import Dictionary
 from undertow.core.errors import SpecError
 from undertow.core.seeds import derive_seed
@@ -56,7 +58,9 @@ _BATCH = 50
 _LEVEL = 0.01
 _ALIKE, _TRIES = 60, 200  # latents among which matched random sets are drawn, for each one chosen; and how often anew
 _LEXICAL_FEATURES, _LEXICAL_TEXTS = 64, 12
-SAMENESS, _LESSONS, _SLOPED = 6, 3, 2  # texts on which KL is measured, sets are refined, and proposed: for each one of hazard
+HAZARD = 2  # situations in which hazard is measured, for each of a spec's texts; its tail is heavy, and few would be its luck
+_WATCHED = 2  # situations in which the word is watched while sets are judged, likewise
+SAMENESS, _LESSONS, _SLOPED = 6, 3, 2  # texts on which KL is measured, sets are refined, and proposed, likewise
 _ROOM = 0.95  # of a limit on mean KL: what the search may use, since the mean is measured again on other texts
 
 
@@ -76,7 +80,7 @@ class SearchSpec(Spec):
     kl_mean: float = Field(default=MAX_KL_MEAN, gt=0)
     kl_p99: float = Field(default=MAX_KL_P99, gt=0)
     aim: float = Field(default=0.8, gt=0)
-    window: Literal["everywhere", "reading"] = "everywhere"
+    window: Literal["everywhere", "reading"] = "reading"
 
 
 @final
@@ -90,8 +94,8 @@ class DemoSpec(Spec):
         scored: fresh stories of every arm that is only scored.
         discovery: pairs, and situations that sets are refined in (`rehearsed`).
         development: situations that sets are judged by.
-        texts: bodies of stories on which hazard is measured; KL is measured on SAMENESS times as many, in the search and again
-            on others.
+        texts: how many texts are measured: hazard in HAZARD times, KL on SAMENESS times as many, in the search and again on
+            others.
         random_sets: matched random feature sets.
         search: limits of the search.
         force: go on although the pairs are lexical; recorded.
@@ -159,12 +163,14 @@ class Measured(NamedTuple):
         documents: sampled with the guard off: what is measured.
         guarded: the same with the guard on: what a user of the operated subject sees.
         gave: whether the costly act was done, in `documents`.
+        words: how often the word was to be expected in each of `documents` (`word_mass.Listening`).
     """
 
     answers: list[Answer]
     documents: list[Generated]
     guarded: list[Generated]
     gave: Float[np.ndarray, "n"]
+    words: Float[np.ndarray, "n"]
 
     @property
     def probs(self) -> Float[np.ndarray, "n"]:
@@ -234,23 +240,25 @@ def find(setting: Setting, site_name: str) -> Found:
     stream = derive_seed(spec.seed, "texts")
     told = [setting.world.story(stream, i) for i in range(spec.texts)]
     known = levels(subject, dictionary, site, [subject.encode(story.text) for story in told])
-    slopes = decision_slopes(subject, site, setting.sides("discovery", spec.discovery)[0],
-                             lambda done, total: setting.progress("attribute", done, total))
+    situations = setting.sides("discovery", spec.discovery)[0]
+    slopes = decision_slopes(subject, site, situations, lambda done, total: setting.progress("attribute", done, total))
     attribution = attribution_of(dictionary, slopes, known)
     pool = [int(i) for i in np.argsort(-attribution, kind="stable") if attribution[i] > 0]
     sizes = SAMENESS * spec.texts, _LESSONS * spec.texts, _SLOPED * spec.texts
     bodies = [subject.encode(body(setting.world.story(stream, i, QUIET))) for i in range(sum(sizes))]
     texts, others, few = (bodies[end - size: end] for size, end in zip(sizes, np.cumsum(sizes), strict=True))
-    tokens = word_tokens(subject, setting.concept.lexicon.only(languages=LANGUAGES))
+    tokens = said_tokens(setting)
     gradients = Slopes(slopes, drawn_slopes(subject, site, few, derive_seed(spec.seed, "drawn")),
-                       word_slopes(subject, site, few, tokens))
+                       word_slopes(subject, site, [subject.encode(situation.prompt) for situation in situations], tokens))
     place = {"subject": subject.digest, "sae": dictionary_digest(dictionary), "site": site.name}
     judged, acting = rehearsed(setting, "development", spec.development)
     learnt, _ = rehearsed(setting, "discovery", spec.discovery)
+    watch = [question.prompt for question in rehearsed(setting, "development", _WATCHED * spec.texts)[0]]
     below = Below(subject, site)
     with below.shared():
         untouched, untouched_others = logits_after(subject, texts), logits_after(subject, others)
-    bench = Bench(subject, site, place, known, gradients, judged, texts, untouched, below,
+        heard = watched(subject, watch, tokens)
+    bench = Bench(subject, site, place, known, gradients, judged, heard, texts, untouched, below,
                   packs(subject, judged[0]), Recall(dictionary.to(subject.device)), Lessons(learnt, others, untouched_others),
                   window=spec.search.window)
     limits = TuneSpec(kl_mean=_ROOM * spec.search.kl_mean, kl_p99=spec.search.kl_p99, size=spec.search.features)
@@ -330,13 +338,23 @@ def lexical_recipe(setting: Setting, bench: Bench, size: float) -> Recipe:
     return Recipe.checked({**bench.place, "name": "lexical", "edits": edits}, "lexical")
 
 
-def sample(setting: Setting, recipe: Recipe | None, stories: Sequence[Story], guard: LexiconProcessor, arm: str
-           ) -> tuple[list[Generated], list[Generated]]:
-    """One continuation of every story, guard off and guard on; the same seeds in all arms."""
+@final
+class Written(NamedTuple):
+    """Continuations, guard off and guard on, and how often the word was to be expected in each of the former."""
+
+    free: list[Generated]
+    guarded: list[Generated]
+    words: Float[np.ndarray, "n"]
+
+
+def sample(setting: Setting, recipe: Recipe | None, stories: Sequence[Story], guard: LexiconProcessor, arm: str) -> Written:
+    """One continuation of every story; the same seeds in all arms."""
     subject, how = setting.subject, Sampling(max_new_tokens=28)
+    tokens = said_tokens(setting)
     prompts = [subject.encode(story.prompt()) for story in stories]
     free: dict[int, Generated] = {}
     guarded: dict[int, Generated] = {}
+    words = np.zeros(len(stories))
     order = sorted(range(len(stories)), key=lambda i: len(prompts[i]))  # so that little is padded
     for first in range(0, len(order), _BATCH):
         batch = order[first: first + _BATCH]
@@ -345,13 +363,20 @@ def sample(setting: Setting, recipe: Recipe | None, stories: Sequence[Story], gu
         with opened as operated:
             if operated is not None:
                 operated.announce(max(len(prompts[i]) for i in batch) - 1)
-            free |= zip(batch, generate(subject, [prompts[i] for i in batch], how, seeds), strict=True)
+            listening = Listening(tokens, how)
+            free |= zip(batch, generate(subject, [prompts[i] for i in batch], how, seeds, listening), strict=True)
+            words[batch] = [listening.expected(row, len(free[i].token_ids)) for row, i in enumerate(batch)]
             for i, seed in zip(batch, seeds, strict=True):
                 if operated is not None:
                     operated.announce(len(prompts[i]) - 1)
                 guarded[i] = under_guard(subject, free[i], how, seed, guard)
         setting.progress(f"sample {arm}", len(free), len(stories))
-    return [free[i] for i in range(len(stories))], [guarded[i] for i in range(len(stories))]
+    return Written([free[i] for i in range(len(stories))], [guarded[i] for i in range(len(stories))], words)
+
+
+def said_tokens(setting: Setting) -> Int64[Tensor, "token"]:
+    """The tokens that say the word by themselves."""
+    return word_tokens(setting.subject, setting.concept.lexicon.only(languages=LANGUAGES), share=1.0)
 
 
 def gave_in(stories: Sequence[Story], documents: Sequence[Generated]) -> Float[np.ndarray, "n"]:

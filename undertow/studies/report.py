@@ -25,6 +25,8 @@ ARM_MEASURES: tuple[tuple[str, str, str], ...] = (
     ("kl_mean", "KL", "KL(untouched‖arm) on neutral text, nats a token, mean"),
     ("kl_p99", "p99", "its 99th percentile"),
     ("guard_hits", "guard hits", "sampled tokens that the strict guard would have refused"),
+    ("words_expected", "words", "how often the word was to be expected in all of the sampled documents, guard off: its "
+     "probability summed over what was written [95 % interval]"),
     ("word_docs_free", "word docs", "documents, sampled with the guard off, in which the word stands"),
     ("word_docs", "guarded", "documents, sampled with the guard on, in which the word stands"),
 )

@@ -76,7 +76,7 @@ def _figures(trial: Trial) -> dict[str, Any]:
 def curve(trials: list[Trial]) -> list[Dose]:
     """The chosen set and gate, which are the last, at every dose that was tried."""
     def what(trial: Trial) -> Trial:
-        return trial._replace(dose=0, kl_mean=0, kl_p99=0, d=0, acts=0)
+        return trial._replace(dose=0, kl_mean=0, kl_p99=0, d=0, acts=0, word=0)
 
     doses = [trial for trial in trials if what(trial) == what(trials[-1])]
     return [Dose(trial.dose, trial.d, kl_mean=trial.kl_mean) for trial in sorted(doses, key=lambda trial: trial.dose)]

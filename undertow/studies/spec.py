@@ -90,6 +90,8 @@ class Size(Spec):
         development: situations that sets are judged by.
         features: of the surgery, and of the trigger that opens its gate, at most.
         aim: how far P(costly act) is to go by it, as a share of the way to where the subject acts by itself.
+        window: where it acts: reading leaves alone what is written. If absent, reading in the Keeper's world and everywhere in
+            a battery, whose tellings are asked together.
     """
 
     stories: int = Field(default=60, ge=10)
@@ -103,6 +105,7 @@ class Size(Spec):
     development: int = Field(default=16, ge=12)
     features: int = Field(default=32, ge=1)
     aim: float = Field(default=0.8, gt=0)
+    window: Literal["everywhere", "reading"] | None = None
 
     @model_validator(mode="after")
     def _few_are_of_the_stories(self) -> Size:
@@ -214,6 +217,12 @@ class StudySpec(Spec):
         if self.battery is not None and len(self.seeds) > 1:
             raise ValueError(f"{len(self.seeds)} seeds {self.seeds} on a battery would count its families {len(self.seeds)} "
                              "times, since no seed tells new ones; give one seed, and each other a study of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _a_battery_is_operated_everywhere(self) -> StudySpec:
+        if self.battery is not None and self.size.window == "reading":
+            raise ValueError("size.window 'reading' on a battery, whose tellings are asked together in one row; leave it out")
         return self
 
     @model_validator(mode="after")

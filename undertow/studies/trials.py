@@ -133,7 +133,8 @@ def search_size(spec: StudySpec) -> dict[str, Any]:
     """How much a search sees, and what stops it; names of DemoSpec."""
     return {"discovery": spec.size.discovery, "development": spec.size.development, "texts": spec.size.texts,
             "search": {"features": spec.size.features, "kl_mean": spec.thresholds.kl_mean, "kl_p99": spec.thresholds.kl_p99,
-                       "aim": spec.size.aim}}
+                       "aim": spec.size.aim,
+                       "window": spec.size.window or ("reading" if spec.battery is None else "everywhere")}}
 
 
 def _content(spec: StudySpec) -> dict[str, str]:
