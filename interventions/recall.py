@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from typing import final
 
 import torch
@@ -11,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.dictionary import Codes, Dictionary, known_latents
+from undertow.core.recency import Recent
 
 MOST_BYTES = 1 << 29
 
@@ -30,8 +30,8 @@ class Recall:
 
     def __init__(self, dictionary: Dictionary, most_bytes: int = MOST_BYTES) -> None:
         self.hits = self.misses = 0
-        self.dictionary, self._most_bytes, self._bytes = dictionary, most_bytes, 0
-        self._kept: OrderedDict[bytes, Codes] = OrderedDict()
+        self.dictionary = dictionary
+        self._kept: Recent[Codes] = Recent(most_bytes, _size)
 
     def latent_values(self, x: Float[Tensor, "token d_in"], latents: Int[Tensor, "k"]) -> Float[Tensor, "token k"]:
         """Codes of a few latents. Raises DictionaryError for an unknown latent."""
@@ -49,15 +49,13 @@ class Recall:
     def _codes(self, x: Float[Tensor, "token d_in"]) -> Codes:
         key = hashlib.blake2b(x.contiguous().view(torch.uint8).numpy(force=True).data, digest_size=16,
                               person=str(x.dtype).encode()[:16]).digest()
-        if key in self._kept:
+        known = self._kept.get(key)
+        if known is not None:
             self.hits += 1
-            self._kept.move_to_end(key)
-            return self._kept[key]
+            return known
         self.misses += 1
-        self._kept[key] = codes = self.dictionary.encode_sparse(x)
-        self._bytes += _size(codes)
-        while self._bytes > self._most_bytes and len(self._kept) > 1:
-            self._bytes -= _size(self._kept.popitem(last=False)[1])
+        codes = self.dictionary.encode_sparse(x)
+        self._kept.put(key, codes)
         return codes
 
 

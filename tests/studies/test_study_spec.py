@@ -12,7 +12,7 @@ from undertow.core.errors import SpecError
 from undertow.studies.demo import DemoSpec, SearchSpec
 from undertow.studies.planning import parameters_of, plan_of, power_of, speed, table_of
 from undertow.studies.preparing import demo_spec
-from undertow.studies.spec import ARMS, CONTROLS, MEASURES, StudySpec, load_study, packaged_studies, what_is
+from undertow.studies.spec import ARMS, CONTROLS, MEASURES, StudySpec, in_words, load_study, packaged_studies, what_is
 from undertow.studies.trials import arms_of, measures_of, trials_of, units
 
 CLAIM = {"name": "mine", "primary": "recovery", "arms": ["L4", *CONTROLS], "measures": ["choice", "words", "sample"]}
@@ -92,6 +92,11 @@ def test_a_search_sees_as_many_texts_and_keeps_to_the_limits_of_its_study() -> N
     spec = load_study("ladder", {"size.texts": 9, "size.features": 4, "thresholds.kl_mean": 0.02, "thresholds.kl_p99": 1.0})
     assert demo_spec(spec, 3) == DemoSpec(seed=3, texts=9, search=SearchSpec(features=4, kl_mean=0.02, kl_p99=1.0))
     assert demo_spec(load_study("ladder"), 0) == DemoSpec()
+
+
+def test_settings_in_words() -> None:
+    assert in_words({"stories": 20, "aim": 0.8, "window": None}) == "stories 20, aim 0.8"
+    assert in_words({"window": "reading"}) == "window reading"
 
 
 def test_a_battery_is_operated_everywhere_since_its_tellings_are_asked_together() -> None:

@@ -52,7 +52,7 @@ def list_(json_: JsonOption = False) -> None:
 @app.command()
 def check(file: StudyArgument, model: OptionalModelOption = None, set_: SetOption = None, json_: JsonOption = False) -> None:
     """Read a study file and say what it asks for; exit code 2 with the field and the value if it is wrong."""
-    from undertow.studies.spec import ARMS, MEASURES, what_is
+    from undertow.studies.spec import ARMS, MEASURES, in_words, what_is
 
     spec = open_study(file, model, None, set_)
     if json_:
@@ -65,7 +65,7 @@ def check(file: StudyArgument, model: OptionalModelOption = None, set_: SetOptio
                                              " (a comparison of arms; no verdict is drawn)"),
              *(f"  {arm:<16}{what_is(arm, spec)}" for arm in spec.arms),
              *(f"  {name:<16}{MEASURES[name]}" for name in spec.measures),
-             f"  thresholds: {_pairs(spec.thresholds.model_dump())}", f"  size: {_pairs(spec.size.model_dump())}"]
+             f"  thresholds: {in_words(spec.thresholds.model_dump())}", f"  size: {in_words(spec.size.model_dump())}"]
     missing = [arm for arm in ARMS if arm not in spec.arms]
     lines.append(f"  not asked for: {_joined(missing)}" if missing else "")
     console().print("\n".join(line for line in lines if line), markup=False)
@@ -268,8 +268,3 @@ def _duration(seconds: float) -> str:
 
 def _joined(values: Any) -> str:
     return ", ".join(map(str, values))
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" if isinstance(value, (int, float)) else f"{name} {value}"
-                     for name, value in values.items() if value is not None)

@@ -252,6 +252,12 @@ def what_is(arm: str, spec: StudySpec | None = None) -> str:
     return ARMS.get(arm) or NUMBERED[arm.partition(":")[0]][1]
 
 
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Settings that are numbers or names, in one line; one that is None, which has a value by other settings, is left out."""
+    return ", ".join(f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}"
+                     for name, value in settings.items() if value is not None)
+
+
 def load_study(name_or_path: str | Path, changes: Mapping[str, Any] | None = None) -> StudySpec:
     """A packaged study by name ("ladder") or a YAML file by path.
 

@@ -19,7 +19,7 @@ from undertow.studies.battery_figures import LEVEL
 from undertow.studies.charts import Bar, Point, interval_chart, line_chart
 from undertow.studies.judging import Clause, doses_of, group_outcome
 from undertow.studies.result import Report, examples_of, plain_figures, summary_of
-from undertow.studies.spec import what_is
+from undertow.studies.spec import in_words, what_is
 from undertow.studies.stories import Column, Example
 from undertow.studies.study_charts import Level, Panel, heatmap, ladder_chart, standalone
 from undertow.studies.table import GATES, MEANINGS, Figure, Spread, gates_of, spread_of
@@ -279,8 +279,8 @@ def _provenance(report: Report) -> str:
     subjects = sorted({row["subject"] for row in report.rows})
     lines = {"study": f"{spec.name}, digest {spec.digest()}", "subject": f"{spec.model}, weights {', '.join(subjects)}",
              "concept": spec.concept + (" (forced)" if spec.force else ""), "SAE": spec.sae or "trained within the run",
-             "seeds": ", ".join(map(str, spec.seeds)), "size": _pairs(spec.size.model_dump()),
-             "thresholds": _pairs(spec.thresholds.model_dump()), "verdict's limits": _pairs(record.get("table", {})),
+             "seeds": ", ".join(map(str, spec.seeds)), "size": in_words(spec.size.model_dump()),
+             "thresholds": in_words(spec.thresholds.model_dump()), "verdict's limits": in_words(record.get("table", {})),
              "commits of the rows": ", ".join(report.commits), "begun": f"{record['written']} at {record['git']}",
              "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
              "time of all trials": f"{sum(row['wall_s'] for row in report.rows):.0f} s"}
@@ -368,7 +368,3 @@ def _p(p: float | None) -> str:
     if p is None:
         return NOT_TAKEN
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in values.items())

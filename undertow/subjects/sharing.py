@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from undertow.core.recency import Recent
 from undertow.subjects.sites import Site, hidden_of
 from undertow.subjects.subject import Subject
 
@@ -33,9 +34,9 @@ class Below:
 
     def __init__(self, subject: Subject, site: Site, most_bytes: int = MOST_BYTES) -> None:
         self.hits = self.misses = 0
-        self._subject, self._most_bytes = subject, most_bytes
+        self._subject = subject
         self._blocks = list(subject.blocks)[: site.layer + (site.kind == "resid_post")]
-        self._kept: OrderedDict[bytes, Any] = OrderedDict()  # the last used one last
+        self._kept: Recent[Any] = Recent(most_bytes, lambda made: hidden_of(made).nbytes)
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
@@ -45,43 +46,45 @@ class Below:
             return
         base = self._subject.hf_model.base_model
         signature = inspect.signature(base.forward)
-        key: list[bytes | None] = [None]
+        now = _Pass()
 
         def on_call(_module: nn.Module, args: Any, kwargs: Any) -> None:
             trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in base.parameters())
-            key[0] = None if trained else _key(signature.bind_partial(*args, **kwargs).arguments)
-            if key[0] in self._kept:
-                self._kept.move_to_end(key[0])
-                self.hits += 1
+            now.key = None if trained else _key(signature.bind_partial(*args, **kwargs).arguments)
+            now.known = self._kept.get(now.key)
+            self.hits += now.known is not None
 
         hook = base.register_forward_pre_hook(on_call, with_kwargs=True)
         try:
             for block in self._blocks:
                 # An attribute of the instance, and not another module in its place, so that hooks on the block still run.
-                block.forward = self._wrapped(block.forward, key, block is self._blocks[-1])
+                block.forward = self._wrapped(block.forward, now, block is self._blocks[-1])
             yield
         finally:
             hook.remove()
             for block in self._blocks:
                 vars(block).pop("forward", None)
 
-    def _wrapped(self, forward: Callable[..., Any], key: list[bytes | None], last: bool) -> Callable[..., Any]:
+    def _wrapped(self, forward: Callable[..., Any], now: _Pass, last: bool) -> Callable[..., Any]:
         def shared_forward(*args: Any, **kwargs: Any) -> Any:
-            if key[0] in self._kept:
-                return _outside_inference(self._kept[key[0]])  # every block gives what the last one gave: only that is read
+            if now.known is not None:
+                return _outside_inference(now.known)  # every block gives what the last one gave: only that is read
             made = forward(*args, **kwargs)
-            if last and key[0] is not None:
+            if last and now.key is not None:
                 self.misses += 1
-                self._keep(key[0], made)
+                self._kept.put(now.key, made)
             return made
 
         return shared_forward
 
-    def _keep(self, key: bytes, made: Any) -> None:
-        self._kept[key] = made
-        size = sum(hidden_of(value).nbytes for value in self._kept.values())
-        while size > self._most_bytes and len(self._kept) > 1:
-            size -= hidden_of(self._kept.popitem(last=False)[1]).nbytes
+
+@final
+@dataclass
+class _Pass:
+    """The pass that is under way: what it depends on, if it can be shared, and what is known of it."""
+
+    key: bytes | None = None
+    known: Any = None
 
 
 def _key(call: dict[str, Any]) -> bytes | None:
