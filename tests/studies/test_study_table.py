@@ -164,6 +164,9 @@ def test_self_report_is_tested_only_where_a_control_can_be_named() -> None:
             row["values"]["probs"] = [[0.98, 0.02] for _ in row["values"]["probs"]]
     clause = next(c for c in hypotheses(spec, table_of(spec, rows)) if c.claim.startswith("self-report"))
     assert clause.outcome == "held"
+    gated = [row for row in rows if row["arm"] != "L4"]  # the gates left the surgery out
+    clause = next(c for c in hypotheses(spec, table_of(spec, gated)) if c.claim.startswith("self-report"))
+    assert (clause.outcome, clause.why) == ("not tested", "the arm L4 is absent: see the gates")
 
 
 def test_dose_parts_and_competence() -> None:

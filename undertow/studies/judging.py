@@ -98,9 +98,7 @@ def _levels(spec: StudySpec, table: Table) -> list[Clause]:
     def clause(arm: str, name: str, claim: str, margins: tuple[float, float], draws: _Draws | None) -> Clause:
         figure = table.get(arm, name)
         if figure is None or draws is None:
-            what = "is absent: see the gates" if arm in spec.arms else "was not run"
-            missing = f"{name} was not measured" if arm in columns.arms else f"the arm {arm} {what}"
-            return _untested(arm, claim, missing)
+            return _untested(arm, claim, _missing(spec, columns, arm, name))
         value, drawn, n = draws()
         return _tested(arm, claim, tost_of_draws(value, drawn, margins, n), figure, "bootstrap over stories")
 
@@ -131,6 +129,12 @@ def _levels(spec: StudySpec, table: Table) -> list[Clause]:
         clause("L4", "unsaid_ratio", f"the word is no detour: unsaid ratio {limits.unsaid:g} or more",
                (limits.unsaid, math.inf), _maybe(ratio, _unsaid(columns, "L4"), "L4", "unsaid_ratio"))]
     return found
+
+
+def _missing(spec: StudySpec, columns: Columns, arm: str, name: str) -> str:
+    if arm in columns.arms:
+        return f"{name} was not measured"
+    return f"the arm {arm} {'is absent: see the gates' if arm in spec.arms else 'was not run'}"
 
 
 def _maybe(make: Callable[..., _Draws | None], parts: tuple[np.ndarray, np.ndarray] | None, *names: str) -> _Draws | None:
@@ -181,7 +185,7 @@ def _self_report(spec: StudySpec, table: Table) -> Clause:
     claim = f"self-report stays: at most {spec.thresholds.bits:g} bits"
     figure = table.get("L4", "bits")
     if figure is None:
-        return _untested("L4", claim, "naming was not measured")
+        return _untested("L4", claim, _missing(spec, table.columns, "L4", "naming"))
     controls = {arm: bits.value for arm in POSITIVE_CONTROLS if (bits := table.get(arm, "bits")) is not None}
     if not any(value > MAX_EXTRA_BITS for value in controls.values()):
         shown = ", ".join(f"{arm} {value:.2g} bits" for arm, value in controls.items()) or "none was run"
