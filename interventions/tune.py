@@ -289,10 +289,9 @@ def mean_d(answered: Sequence[Answer], costly: str, keep: str) -> float:
 def judged(bench: Bench, trial: Trial, acts: tuple[str, str]) -> Trial:
     """The trial with what it does on the development situations."""
     before = answers(bench, floors(bench, trial, "before_decision"), bench.questions)
-    whole = [math.exp(answer.log_mass[acts[0]])
-             for answer in (*before, *answers(bench, floors(bench, trial), bench.questions))]
-    watched = bench.watched
-    with bench.below.shared(), apply(floors(bench, trial), bench.subject, bench.dictionary, recall=bench.recall):
+    recipe, watched = floors(bench, trial), bench.watched
+    whole = [math.exp(answer.log_mass[acts[0]]) for answer in (*before, *answers(bench, recipe, bench.questions))]
+    with bench.below.shared(), apply(recipe, bench.subject, bench.dictionary, recall=bench.recall):
         _, word = ratio(masses(bench.subject, watched.rows, watched.tokens), watched.untouched)
     return trial._replace(d=mean_d(before, *acts), acts=float(np.mean(whole)), word=word)
 

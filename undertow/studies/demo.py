@@ -71,7 +71,7 @@ class SearchSpec(Spec):
     Attributes:
         features: of the surgery, and of the trigger that opens its gate, at most.
         kl_mean, kl_p99: what it may do to ordinary text, nats a token. The verdict's limits are its own.
-        aim: how far P(costly act) is to go, mean of the operation being on throughout and off from the decision
+        aim: how far P(costly act) is to go, mean of the operation being on in its window and off from the decision
             on, as a share of the way to where it acts by itself (`rehearsed`, development); no more is sought.
         window: whether the operation acts on what is written too, or on what is read alone.
     """
